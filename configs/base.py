@@ -1,0 +1,198 @@
+"""Every field of a run with its default and meaning; recipes change a few of them.
+
+Configs are locked: an unknown field fails with the nearest name. Durations end in `_steps`, `_epochs` or `_examples`.
+A rule is a (regular expression, value) pair over parameter paths such as `blocks/mlp/up/kernel`; the first that matches
+decides. A value is a number, or a tuple with one number a layer for the stacked `blocks`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def data() -> ConfigDict:
+    c = ConfigDict()
+    c.source = "digits"  # digits | shapes | photos | folder=PATH | tfds=NAME | array_record=GLOB | tar=GLOB | hf=PATH
+    c.eval_source = ""  # the held-out images, same syntax; "": the source's own held-out split
+    c.train_split = "train"  # as the source names it (TFDS also takes slices)
+    c.eval_split = "validation"
+    c.image_field = "image"  # where TFDS, ArrayRecord and Hugging Face records keep the image
+    c.label_field = "label"
+    c.multi_label = False  # targets are sets of classes: loss.kind must be sigmoid
+    c.channels = 3  # 1, 3 or N
+    c.bits = 8  # 8, or 16 to keep 16-bit images whole
+    c.background = (255, 255, 255)  # what shows through transparent pixels
+    c.decode = "fast"  # fast: JPEG at 1/2, 1/4 or 1/8 when the target is at most half of that | full
+    c.max_pixels = 100_000_000  # larger images are refused from their header
+    c.max_bad_share = 0.01  # the run stops above this share of unusable images
+    c.num_threads = -1  # decoding threads; -1: one a core, 16 at most
+    c.num_workers = 0  # decoding processes; 0: threads only. The rows do not depend on either
+    c.squash = False  # resize to a square grid: the baseline that native resolution is measured against
+    return c
+
+
+def packing() -> ConfigDict:
+    c = ConfigDict()
+    c.row_length = 256  # L, tokens a row: the smallest that holds the largest image is the fastest
+    c.rows_per_step = 8  # B, over all devices
+    c.images_per_row = 0  # K, slots a row; 0: twice the mean, from a dry run of the planner
+    c.open_rows = 16  # rows that best-fit packing keeps open
+    c.restore_dropped = True  # fill a closed row's gap with tokens that its images had dropped
+    return c
+
+
+def resolution() -> ConfigDict:
+    c = ConfigDict()
+    c.distribution = "uniform"  # uniform | truncated_normal
+    c.on = "side"  # side | area: what is drawn, for the square of equal area
+    c.min_side = 64  # pixels
+    c.max_side = 256
+    c.mean = -0.5  # truncated_normal, on [-1, 1] mapped to [min, max]
+    c.std = 1.0
+    return c
+
+
+def drop() -> ConfigDict:
+    c = ConfigDict()
+    c.kind = "none"  # none | constant | beta | resolution | scheduled; never in evaluation
+    c.rate = 0.5  # constant
+    c.mean_rate = 0.4  # beta: d_mean, rates in [0, max_rate]
+    c.max_rate = 0.9  # beta, and the longest sequence under 'resolution'
+    c.min_rate = 0.1  # resolution and scheduled
+    c.end_rate = 0.8  # scheduled: r_max of r_min + (r_max - r_min) * sigmoid((n - midpoint) / tau)
+    c.midpoint_examples = 0.0  # scheduled: mu, images seen
+    c.tau_examples = 1.0  # scheduled: tau; negative decreases
+    return c
+
+
+def augment() -> ConfigDict:
+    c = ConfigDict()
+    c.flip = False  # left-right, half of the images
+    c.crop_min_area = 1.0  # random crop keeps this share of the area or more; 1: no crop
+    c.crop_max_aspect = 1.0  # the crop's aspect against the image's, up to this factor either way
+    c.randaugment_ops = 0  # operations an image
+    c.randaugment_magnitude = 10  # of 30
+    c.erasing = 0.0  # share of images with a random rectangle of noise
+    c.mixup = 0.0  # alpha of Beta(alpha, alpha): images of a row are blended with a neighbour of the row
+    return c
+
+
+def model() -> ConfigDict:
+    c = ConfigDict()
+    c.variant = "B/16"  # Ti S B L So400m g, slash, patch size
+    c.width, c.depth, c.heads, c.mlp_dim = 0, 0, 0, 0  # 0: the variant's
+    c.stored_patch_size = 0  # FlexiViT: the kernel is kept at this size and resampled to the variant's; 0: the same
+    c.posemb = "learned"  # learned | sinusoidal | fourier | rope | table (the 16x16 grid of NaFlex) | none
+    c.posemb_coords = "absolute"  # absolute | fractional
+    c.posemb_combine = "sum"  # sum | product | concat
+    c.posemb_max = 64  # rows of the table: the largest side in patches when absolute
+    c.posemb_beyond = "error"  # error | interpolate: what happens to grids with a side above posemb_max
+    c.qk_norm = True
+    c.bias = False  # biases in dense layers and norms; the paper has none
+    c.pool = "map"  # map (attention pooling) | mean
+    c.registers = 0  # extra tokens an image that belong to no patch
+    c.dropout = 0.0
+    c.stochastic_depth = 0.0  # of the last layer, linear from 0
+    c.remat = "none"  # none | dots | full: what the backward pass recomputes
+    c.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU
+    c.attention = "auto"  # a backend's name, or the rule of navit_jax.attention
+    return c
+
+
+def optim() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "adamw"  # adamw | adafactor
+    c.lr = 8e-4
+    c.schedule = "rsqrt"  # rsqrt | cosine | linear | constant
+    c.warmup_steps = 0
+    c.cooldown_steps = 0  # rsqrt and constant: linear to 0 at the end
+    c.rsqrt_timescale_steps = 10_000
+    c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8
+    c.weight_decay = (("^head/", 3.0), (".*kernel$", 0.03))  # rules; multiplied by the learning rate; no match: 0
+    c.lr_multipliers = ()  # rules; no match: 1
+    c.freeze = ()  # regular expressions of parameters that do not train
+    c.clip_norm = 1.0  # of the global gradient; 0: off
+    c.ema_decay = 0.0  # 0: no average is kept; evaluation uses it where there is one
+    c.accumulate_steps = 1  # the step's rows are processed in this many parts, weighted by their real images
+    return c
+
+
+def evaluation() -> ConfigDict:
+    c = ConfigDict()
+    c.token_budgets = (64, 128, 256)  # each image is resized to at most this many tokens
+    c.rows_per_step = 0  # 0: as in training
+    c.max_examples = 0  # of the held-out images; 0: all
+    c.fewshot_shots = ()  # images a class of the linear probe
+    c.fewshot_ridge = 1024.0  # its L2 penalty
+    return c
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "navit"  # of the run's folder
+    c.seed = 0
+    c.total_steps, c.total_epochs, c.total_examples = 0, 0.0, 0  # one of the three
+    c.log_every_steps = 10
+    c.eval_every_steps = 0  # 0: at the end only
+    c.checkpoint_every_steps = 1000  # 0: at the end only
+    c.keep_checkpoints = 2  # the last ones, and the best besides
+    c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 at the largest budget
+    c.init_from = ""  # a run's folder or checkpoint to fine-tune from
+    c.loss = ConfigDict(dict(kind="sigmoid", label_smoothing=0.0))  # sigmoid | softmax
+    c.data, c.packing, c.resolution, c.drop, c.augment = data(), packing(), resolution(), drop(), augment()
+    c.model, c.optim, c.eval = model(), optim(), evaluation()
+    return c.lock()
+
+
+def use_data(c: ConfigDict, arg: str) -> ConfigDict:
+    """The data that follows the config's name: `` (digits), `shapes`, `imagenet2012`, `folder=PATH`, `tfds=NAME` ..."""
+    if arg == "imagenet2012":
+        c.data.source = "tfds=imagenet2012"
+    elif arg:
+        c.data.source = arg
+    return c
+
+
+def demo(c: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
+    """A short run on an embedded set: 4-16 tokens an image, few tokens a step, so a large model fits two CPU cores."""
+    patch = int(c.model.variant.split("/")[1])
+    c.resolution.update(min_side=2 * patch, max_side=4 * patch)
+    c.packing.update(row_length=64, rows_per_step=4)
+    c.optim.update(lr=lr, schedule="constant", warmup_steps=steps // 20, cooldown_steps=steps // 3)
+    c.update(total_steps=steps, log_every_steps=5, checkpoint_every_steps=0)
+    c.eval.update(token_budgets=(9, 16), rows_per_step=8)
+    return c
+
+
+def imagenet(c: ConfigDict) -> ConfigDict:
+    """ImageNet-1k from scratch: sides U(64, 256), resolution-dependent dropping, mixup and RandAugment. Not run."""
+    c.data.train_split, c.data.eval_split = "train[:99%]", "validation"
+    c.packing.update(row_length=256, rows_per_step=256)
+    c.model.posemb_beyond = "interpolate"  # for the rare very long image
+    c.drop.update(kind="resolution", min_rate=0.1, max_rate=0.5)
+    c.augment.update(flip=True, crop_min_area=0.25, crop_max_aspect=1.33, randaugment_ops=2, mixup=0.2)
+    c.optim.update(
+        lr=1e-3, schedule="cosine", warmup_steps=10_000, weight_decay=((".*kernel$", 0.1),), ema_decay=0.9999
+    )
+    c.update(total_epochs=300.0, log_every_steps=50, checkpoint_every_steps=2000, eval_every_steps=10_000)
+    c.eval.update(token_budgets=(64, 128, 196, 256), fewshot_shots=(10,))
+    return c
+
+
+def own_data(c: ConfigDict) -> ConfigDict:
+    """A folder or dataset of the user's: sides U(64, 256), a constant share of tokens dropped, flips."""
+    c.packing.update(row_length=256, rows_per_step=64)
+    c.model.posemb_beyond = "interpolate"  # for the rare very long image
+    c.drop.update(kind="constant", rate=0.25)
+    c.augment.flip = True
+    c.optim.update(lr=5e-4, schedule="cosine", warmup_steps=500, weight_decay=((".*kernel$", 0.1),))
+    c.update(total_epochs=30.0, log_every_steps=20, checkpoint_every_steps=500)
+    return c
+
+
+def navit(name: str, variant: str, arg: str, *, demo_steps: int, demo_lr: float) -> ConfigDict:
+    """A NaViT of this size on the data that `arg` names: the demo, the ImageNet recipe or the one for own data."""
+    c = get_config()
+    c.name, c.model.variant = name, variant
+    use_data(c, arg)
+    if c.data.source in ("digits", "shapes", "photos"):
+        return demo(c, steps=demo_steps, lr=demo_lr)
+    return imagenet(c) if arg == "imagenet2012" else own_data(c)

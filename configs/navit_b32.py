@@ -1,0 +1,16 @@
+"""NaViT-B/32.
+
+    python train.py --config configs/navit_b32.py                     # embedded digits
+    python train.py --config configs/navit_b32.py:folder=PATH         # PATH/class/image.jpg
+    python train.py --config configs/navit_b32.py:imagenet2012        # TFDS, the full recipe
+
+HEADER_b32
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return base.navit("navit_b32", "B/32", arg, demo_steps=160, demo_lr=3e-4)

@@ -1,0 +1,16 @@
+"""NaViT-L/16.
+
+    python train.py --config configs/navit_l16.py                     # embedded digits
+    python train.py --config configs/navit_l16.py:folder=PATH         # PATH/class/image.jpg
+    python train.py --config configs/navit_l16.py:imagenet2012        # TFDS, the full recipe
+
+HEADER_l16
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return base.navit("navit_l16", "L/16", arg, demo_steps=60, demo_lr=2e-4)

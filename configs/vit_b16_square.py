@@ -1,0 +1,25 @@
+"""The fixed-square ViT-B/16 as the same code: one image a row, squashed to a square, no dropping.
+
+    python train.py --config configs/vit_b16_square.py                     # embedded digits
+    python train.py --config configs/vit_b16_square.py:folder=PATH
+    python train.py --config configs/vit_b16_square.py:imagenet2012        # 224 pixels, 196 tokens
+
+HEADER_square
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = base.navit("vit_b16_square", "B/16", arg, demo_steps=160, demo_lr=3e-4)
+    embedded = c.data.source in ("digits", "shapes", "photos")
+    side = 48 if embedded else 224
+    tokens = (side // 16) ** 2
+    c.data.squash = True
+    c.resolution.update(min_side=side, max_side=side)
+    c.drop.kind = "none"
+    c.packing.update(row_length=tokens, rows_per_step=28 if embedded else 1024, images_per_row=1)
+    c.eval.update(token_budgets=(tokens,), rows_per_step=0)
+    return c

@@ -1,0 +1,68 @@
+"""Where images come from: `open_source` turns one string of the config into random access to (bytes, label, text).
+
+Kinds are a plain dict: a new one is a function here and a file beside this one. Sources decode nothing and know nothing
+of training, and their libraries are imported when a kind is opened, so no user needs all of them.
+"""
+
+import difflib
+import os
+
+from input_pipeline.errors import UserError
+from input_pipeline.sources import datasets, embedded, files, shapes, tar
+from input_pipeline.sources.base import Record, Source, refuse_multi_label
+
+__all__ = ["Record", "Source", "open_source"]
+
+EMBEDDED = {"digits": embedded.DigitsSource, "shapes": shapes.ShapesSource, "photos": embedded.PhotosSource}
+STORED = {
+    "folder": "folder=PATH",
+    "tfds": "tfds=NAME",
+    "array_record": "array_record=GLOB",
+    "tar": "tar=GLOB",
+    "hf": "hf=PATH",
+}
+CHOICES = " | ".join([*EMBEDDED, *STORED.values()])
+
+
+def open_source(
+    spec: str,
+    split: str,
+    *,
+    image_field: str = "image",
+    label_field: str = "label",
+    multi_label: bool = False,
+    hold_out: bool = True,
+) -> Source:
+    """The images of one split.
+
+    spec: digits | shapes | photos | folder=PATH | tfds=NAME | array_record=GLOB | tar=GLOB | hf=PATH.
+    split: train or validation; TFDS and Hugging Face data take their own names, TFDS also slices.
+    image_field, label_field: in TFDS, ArrayRecord, Hugging Face and the JSON of tar shards; label_field "": no labels.
+    hold_out: whether data without splits is split by a hash, a tenth for validation; False: every split is all of it,
+    for a run whose evaluation data is named separately. Raises UserError.
+    """
+    kind, _, where = spec.partition("=")
+    if kind in EMBEDDED and not where:
+        refuse_multi_label(multi_label, kind)
+        return EMBEDDED[kind](split)
+    if kind in STORED and where:
+        if kind == "folder":
+            refuse_multi_label(multi_label, "folder")
+            return files.FolderSource(where, split, hold_out)
+        fields = datasets.Fields(image_field, label_field, multi_label)
+        if kind == "tfds":
+            return datasets.TfdsSource(where, split, fields)
+        opener = {"tar": tar.TarSource, "array_record": datasets.ArrayRecordSource, "hf": datasets.HuggingFaceSource}
+        return opener[kind](where, split, fields, hold_out)
+    raise UserError(f"data.source={spec!r}: {_hint(spec, kind)}expected one of {CHOICES}")
+
+
+def _hint(spec: str, kind: str) -> str:
+    if kind in STORED:
+        return f"{kind} needs to know where, "
+    if kind in EMBEDDED:
+        return f"{kind} takes no value, "
+    if os.path.exists(spec):
+        return f"a folder of images is given as folder={spec}; "
+    near = difflib.get_close_matches(kind, [*EMBEDDED, *STORED], n=1)
+    return f"did you mean {near[0]}? " if near else ""

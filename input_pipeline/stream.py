@@ -1,0 +1,162 @@
+"""From a config to its streams: the training rows and the evaluation rows, over the same planner and builder."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from input_pipeline import packing
+from input_pipeline.budget import Sampler
+from input_pipeline.errors import UserError
+from input_pipeline.loader import Loader
+from input_pipeline.rows import RowBuilder
+from input_pipeline.size_index import sizes as read_sizes
+from input_pipeline.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+_DRY_IMAGES = 20_000  # planned to choose K and to report fill: 0.1 s
+_EXACT_IMAGES = 2_000_000  # up to here an epoch or example count is converted to steps by planning all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A source with the sizes of its images, [N, 2] int32 (height, width); 0 where the header is unreadable."""
+
+    source: Source
+    sizes: np.ndarray
+
+
+def open_images(config: ConfigDict, split: str) -> Images:
+    """The images of `train` or `eval`. Raises UserError when too many headers are unreadable."""
+    data = config.data
+    spec = (data.eval_source or data.source) if split == "eval" else data.source
+    name = data.eval_split if split == "eval" else data.train_split
+    source = open_source(
+        spec, name, image_field=data.image_field, label_field=data.label_field, multi_label=data.multi_label
+    )
+    if not len(source):
+        raise UserError(f"{spec} has no images in its split {name!r}")
+    sizes = read_sizes(source)
+    bad = np.flatnonzero(sizes.min(axis=1) == 0)
+    for i in bad[:10]:
+        log.warning("unreadable header, left out: %s", source.describe(int(i)))
+    if len(bad) > data.max_bad_share * len(sizes):
+        raise UserError(
+            f"{len(bad)} of {len(sizes)} images in {spec} have an unreadable header, above "
+            f"data.max_bad_share={data.max_bad_share:g}; "
+            f"the first is {source.describe(int(bad[0]))}. Remove them or raise --config.data.max_bad_share."
+        )
+    return Images(source, sizes)
+
+
+def check_classes(train: Images, held_out: Images) -> None:
+    """Refuse an evaluation set whose classes are not the training set's."""
+    ours, theirs = train.source.class_names, held_out.source.class_names
+    if ours != theirs:
+        only = sorted(set(ours) - set(theirs))[:5], sorted(set(theirs) - set(ours))[:5]
+        raise UserError(
+            f"the held-out set's {len(theirs)} classes are not the training set's {len(ours)}: only in training "
+            f"{only[0]}, "
+            f"only held out {only[1]}. Both need the same classes in the same order."
+        )
+
+
+def patch_size(config: ConfigDict) -> int:
+    """Pixels a patch side, from `model.variant`."""
+    try:
+        return int(config.model.variant.split("/")[1])
+    except (IndexError, ValueError):
+        raise UserError(
+            f"model.variant is {config.model.variant!r}; expected a size and a patch, such as B/16"
+        ) from None
+
+
+def _plan_options(config: ConfigDict, sampler: Sampler, length: int, slots: int) -> dict:
+    p = config.packing
+    plan = dict(length=length, open_rows=p.open_rows, restore_dropped=p.restore_dropped and not sampler.budget)
+    images = len(sampler.indices) if sampler.budget else _DRY_IMAGES
+    return plan | dict(slots=packing.choose_slots(sampler, min(images, _DRY_IMAGES), slots=slots, **plan))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStream:
+    """The training rows: `loader(steps)` iterates them; `plan` holds L and K."""
+
+    images: Images
+    sampler: Sampler
+    builder: RowBuilder
+    plan: dict
+    rows: int
+
+    def loader(
+        self, steps: int, *, start: int = 0, snapshot: dict | None = None, local: Sequence[int] | None = None
+    ) -> Loader:
+        """Steps start..steps - 1; `snapshot` is the planner's behind step start - 1."""
+        plan = self.plan | dict(snapshot=snapshot)
+        return Loader(self.builder, plan, rows=self.rows, steps=steps, start=start, local=local)
+
+    @functools.cached_property
+    def report(self) -> packing.DryRun:
+        """Fill and images a row, from planning the first images; nothing is read."""
+        return packing.dry_run(self.sampler, _DRY_IMAGES, **self.plan)
+
+
+def train_stream(config: ConfigDict, images: Images) -> TrainStream:
+    """The training rows of a config; see `configs/base.py` for the fields."""
+    sampler = Sampler(config, images.sizes, patch_size(config))
+    length, rows = config.packing.row_length, config.packing.rows_per_step
+    if sampler.largest > length and config.drop.kind == "none":
+        raise UserError(
+            f"packing.row_length={length} is too small for one image: "
+            f"resolution.max_side={config.resolution.max_side} at patch "
+            f"{sampler.patch} gives up to {sampler.largest} tokens. Set "
+            f"--config.packing.row_length={sampler.largest} or lower "
+            "--config.resolution.max_side."
+        )
+    plan = _plan_options(config, sampler, length, config.packing.images_per_row)
+    classes = len(images.source.class_names)
+    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=classes)
+    return TrainStream(images, sampler, builder, plan, rows)
+
+
+def eval_loader(
+    config: ConfigDict, images: Images, budget: int, *, slots: int = 0, indices: np.ndarray | None = None
+) -> Loader:
+    """Every image once (or `indices`), at most `budget` tokens each, whole steps with empty rows at the end."""
+    if indices is None and 0 < config.eval.max_examples < len(images.sizes):  # spread over the set, which may be sorted
+        indices = np.arange(config.eval.max_examples) * len(images.sizes) // config.eval.max_examples
+    sampler = Sampler(config, images.sizes, patch_size(config), budget, indices)
+    length = max(config.packing.row_length, budget)
+    rows = config.eval.rows_per_step or config.packing.rows_per_step
+    plan = _plan_options(config, sampler, length, slots) | dict(stop=len(sampler.indices))
+    count = sum(1 for _ in packing.Planner(sampler, **plan))
+    classes = len(images.source.class_names)
+    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=classes)
+    return Loader(builder, plan, rows=rows, steps=-(-count // rows))
+
+
+def total_steps(config: ConfigDict, stream: TrainStream) -> int:
+    """Training steps from `total_steps`, `total_epochs` or `total_examples`, the latter two by planning dry."""
+    given = {k: config[k] for k in ("total_steps", "total_epochs", "total_examples") if config[k]}
+    if len(given) != 1:
+        raise UserError(f"set one of total_steps, total_epochs and total_examples; found {given or 'none'}")
+    if config.total_steps:
+        return config.total_steps
+    examples = config.total_examples or round(config.total_epochs * len(stream.images.sizes))
+    if examples <= _EXACT_IMAGES:
+        planner = packing.Planner(stream.sampler, stop=examples, **stream.plan)
+        return max(1, sum(1 for _ in planner) // stream.rows)
+    # Too many to plan: eight windows spread over the run (token dropping may be scheduled) give rows an image.
+    starts, window = np.linspace(0, examples - _DRY_IMAGES, 8).astype(np.int64), _DRY_IMAGES
+    runs = [packing.dry_run(lambda p, s=s: stream.sampler(p + s), window, **stream.plan) for s in starts]
+    return max(1, round(examples * sum(r.rows for r in runs) / sum(r.images for r in runs) / stream.rows))
+
+
+def fingerprint(images: Images) -> dict:
+    """What the training rows depend on besides the config."""
+    return dict(
+        source=images.source.fingerprint(), images=len(images.sizes), sizes=int(images.sizes.astype(np.int64).sum())
+    )

@@ -1,0 +1,71 @@
+"""Masked attention over whole rows, head-major, with a backward pass of its own; correct on every platform.
+
+Why not three lines of einsum: on two CPU cores, forward + backward in float32 with 12 heads of 64, those take 138 ms
+for 8 rows of 256 and 690 ms for 2 rows of 1024; this takes 126 and 486. It keeps the row sums instead of the [L, L]
+weights (24 times less to carry through the scan over layers), and it turns products with transposed [L, L] operands,
+which the CPU does at half speed, into plain ones by transposing the thin operand.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: -inf would give NaN gradients in rows that are all padding
+
+
+@jax.custom_vjp
+def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Softmax attention among tokens of equal id; outputs and gradients of id 0 are exactly 0.
+
+    q, k, v: [B, L, N, H] of one float dtype; ids: [B, L] int32. Returns [B, L, N, H] in that dtype; float32 inside.
+    """
+    return _forward(q_BLNH, k_BLNH, v_BLNH, ids_BL)[0]
+
+
+def _forward(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, tuple]:
+    q, k, v = (_pin(x.swapaxes(1, 2)) for x in (q_BLNH * _scale(q_BLNH), k_BLNH, v_BLNH))
+    logits_BNLM = _logits(q, k, ids_BL)
+    top_BNL1 = logits_BNLM.max(-1, keepdims=True)
+    weights_BNLM = jnp.exp(logits_BNLM - top_BNL1)
+    sum_BNL1 = weights_BNLM.sum(-1, keepdims=True)
+    out = _dot("BNLM,BNMH->BNLH", weights_BNLM.astype(v.dtype), v) / sum_BNL1
+    out = jnp.where(ids_BL[:, None, :, None] > 0, out, 0).astype(v.dtype)
+    return out.swapaxes(1, 2), (q, k, v, out, ids_BL, top_BNL1 + jnp.log(sum_BNL1))
+
+
+def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, out, ids_BL, log_sum_BNL1 = kept
+    d_out = _pin(jnp.where(ids_BL[:, :, None, None] > 0, d_out_BLNH, 0).swapaxes(1, 2))
+    weights_BNLM = jnp.exp(_logits(q, k, ids_BL) - log_sum_BNL1)
+    d_v = _dot_transposed(weights_BNLM.astype(v.dtype), d_out)
+    slope_BNL1 = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
+    d_logits = (weights_BNLM * (_dot("BNLH,BNMH->BNLM", d_out, v) - slope_BNL1)).astype(q.dtype)
+    d_q = _dot("BNLM,BNMH->BNLH", d_logits, k) * _scale(q)
+    d_k = _dot_transposed(d_logits, q)
+    return *(x.swapaxes(1, 2).astype(q.dtype) for x in (d_q, d_k, d_v)), None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _logits(q_BNLH: jax.Array, k_BNMH: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Padding shares the id 0, so no row of logits is masked whole."""
+    same_B1LM = ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
+    return jnp.where(same_B1LM, _dot("BNLH,BNMH->BNLM", q_BNLH, k_BNMH), MASKED)
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _dot_transposed(weights_BNLM: jax.Array, x_BNLH: jax.Array) -> jax.Array:
+    """weights^T x for each head, [B, N, M, H]."""
+    return _pin(_dot("BNHL,BNLM->BNHM", _pin(x_BNLH.swapaxes(2, 3)), weights_BNLM)).swapaxes(2, 3)
+
+
+def _pin(x: jax.Array) -> jax.Array:
+    """Keeps the CPU compiler from folding a transpose back into the product next to it."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
+def _scale(x: jax.Array) -> float:
+    return x.shape[-1] ** -0.5

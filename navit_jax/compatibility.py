@@ -1,0 +1,136 @@
+"""Whether what a checkpoint holds fits what is here: parameters by name and shape, configuration field by field.
+
+A run resumes only if it would go on bit-identically, so any field not known to be harmless is refused: a wrong refusal
+costs a flag, a wrong continuation costs the run. Fine-tuning forgives one thing, a head of another size.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from input_pipeline.errors import UserError
+from navit_jax.optim import name_of
+
+Tree = Any
+# What can change without changing a bit of the training that follows.
+HARMLESS = {
+    *("name", "log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_checkpoints", "best_metric"),
+    *("data.num_threads", "data.num_workers", "data.max_bad_share", "data.eval_source", "data.eval_split", "eval"),
+}
+_ABSENT = "(absent)"
+
+
+def init_from(params_new: Tree, params_old: Tree) -> tuple[Tree, list[str]]:
+    """(parameters to start from, what to tell the user): old values with the new dtypes and shardings.
+
+    A `head/` that differs (other classes, or none) stays new and is mentioned. Raises UserError naming any other
+    parameter that is missing, unexpected or of another shape, with both shapes.
+    """
+    new, old = named_leaves(params_new), named_leaves(params_old)
+    head_new, head_old = ({n: x for n, x in leaves.items() if n.startswith("head/")} for leaves in (new, old))
+    notes = []
+    if differences(head_old, head_new, dtypes=False):
+        was, now = (
+            ", ".join(f"{n} {list(x.shape)}" for n, x in head.items()) or "none" for head in (head_old, head_new)
+        )
+        notes.append(f"The head starts anew: {was} in the checkpoint, {now} in this model.")
+        new, old = ({n: x for n, x in leaves.items() if not n.startswith("head/")} for leaves in (new, old))
+    wrong = differences(old, new, dtypes=False)
+    if wrong:
+        raise UserError(f"The parameters to start from do not fit this model:\n{wrong}\nUse that run's config.model.")
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        value = old.get(name_of(path))
+        return leaf if value is None else jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params_new), notes
+
+
+def check_compatible(meta_old: dict, meta_new: dict) -> None:
+    """Refuse to resume with a config or data that would not continue the run bit-identically.
+
+    Compares `config` and `data` (the fingerprint) of both as JSON, field by field, but for the harmless fields.
+    Raises UserError listing every difference as "field: was X, now Y".
+    """
+    lines = []
+    for part, prefix in (("config", ""), ("data", "data fingerprint: ")):
+        old, new = (dict(_fields(to_json(meta.get(part, {})))) for meta in (meta_old, meta_new))
+        changed = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
+        lines += [
+            f"  {prefix}{name or part}: was {_short(old.get(name, _ABSENT))}, now {_short(new.get(name, _ABSENT))}"
+            for name in changed
+            if part != "config" or not _is_harmless(name)
+        ]
+    if lines:
+        raise UserError(
+            "The checkpoint belongs to a run that these changes would not continue:\n" + "\n".join(lines) + "\n"
+            "Use the earlier values, or start a new run in another --workdir (--config.init_from keeps the weights)."
+        )
+
+
+def to_json(value: Any) -> Any:
+    """The value as JSON gives it back: tuples as lists, numpy as numbers, functions and paths by their name."""
+
+    def default(x: Any) -> Any:
+        if isinstance(x, (np.ndarray, np.generic)):
+            return x.tolist()
+        if callable(x):
+            return f"{x.__module__}.{x.__qualname__}"
+        if isinstance(x, os.PathLike):
+            return os.fspath(x)
+        raise TypeError(f"{type(x).__name__} cannot be kept in a checkpoint's meta: {x!r}")
+
+    return json.loads(json.dumps(value, default=default))
+
+
+def named_leaves(tree: Tree) -> dict[str, Any]:
+    """The leaves by their path, such as `opt/0/mu/head/kernel`."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def nested(leaves: dict[str, Any]) -> dict:
+    """Plain nested dicts from paths: tuples and classes become dicts, empty parts go."""
+    out = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        inner = out
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return out
+
+
+def differences(saved: dict, here: dict, dtypes: bool = True) -> str:
+    """A line for each of the named arrays that the checkpoint and this run do not share, 12 at most; "" if none."""
+
+    def size(leaf: jax.Array) -> str:
+        return f"{leaf.dtype if dtypes else ''}[{', '.join(map(str, leaf.shape))}]"
+
+    was, now = ({name: size(leaf) for name, leaf in leaves.items()} for leaves in (saved, here))
+    lines = [f"  {name}: {now[name]} here, missing in the checkpoint" for name in now if name not in was]
+    lines += [f"  {name}: {was[name]} in the checkpoint, missing here" for name in was if name not in now]
+    both = [name for name in now if name in was and was[name] != now[name]]
+    lines += [f"  {name}: {was[name]} in the checkpoint, {now[name]} here" for name in both]
+    return "\n".join(lines[:12] + ([f"  and {len(lines) - 12} more"] if len(lines) > 12 else []))
+
+
+def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        yield prefix, value
+        return
+    for name, inner in value.items():
+        yield from _fields(inner, f"{prefix}.{name}" if prefix else name)
+
+
+def _is_harmless(field: str) -> bool:
+    parts = field.split(".")
+    return any(".".join(parts[: i + 1]) in HARMLESS for i in range(len(parts)))
+
+
+def _short(value: Any) -> str:
+    text = value if value == _ABSENT else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

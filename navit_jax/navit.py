@@ -1,0 +1,193 @@
+"""NaViT: packed patches in, one vector or one row of logits per image out; and what goes with it: sizes, init, FLOPs.
+
+Training code sees a model as (graphdef, parameters): a hashable description and a plain nested dict of float32 arrays, so
+`jax.jit`, checkpoints and rules over parameter paths need to know nothing of modules.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from input_pipeline.errors import UserError
+from input_pipeline.packed import Packed
+from navit_jax import pooling, positions, transformer
+from navit_jax.attention import make_groups
+from navit_jax.patch_embed import PatchEmbed
+
+SIZES = {  # width, depth, heads, mlp_dim
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "So400m": (1152, 27, 16, 4304),
+    "g": (1408, 40, 16, 6144),
+}
+PATCH_SIZES = (8, 14, 16, 32)
+SHARED_FIELDS = (  # of configs.base.model, taken over as they are
+    *("stored_patch_size", "pool", "registers", "qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype"),
+    *("attention", "posemb", "posemb_coords", "posemb_combine", "posemb_max", "posemb_beyond"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaViTConfig(transformer.EncoderConfig, positions.PositionConfig):
+    """Everything that shapes a model; UserError where fields contradict each other. num_classes 0: no head."""
+
+    patch_size: int
+    channels: int = 3
+    num_classes: int = 0
+    head_bias: float = 0.0  # initial: -log(C) with a sigmoid loss, or the first steps only learn that most are absent
+    stored_patch_size: int = 0
+    pool: str = "map"
+    registers: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positions(self.width, self.width // self.heads)
+        if self.pool not in pooling.KINDS:
+            raise UserError(f"model.pool is {self.pool!r}; it must be one of {', '.join(pooling.KINDS)}")
+        for field in ("patch_size", "channels"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("registers", "stored_patch_size", "num_classes"):
+            if getattr(self, field) < 0:
+                raise UserError(f"model.{field} is {getattr(self, field)}; it must not be negative")
+
+
+def variant(name: str) -> dict[str, int]:
+    """Sizes of a variant such as 'B/16': width, depth, heads, mlp_dim, patch_size. UserError for an unknown name."""
+    size, _, patch = name.partition("/")
+    if size not in SIZES or patch not in map(str, PATCH_SIZES):
+        patches = ", ".join(f"/{p}" for p in PATCH_SIZES)
+        raise UserError(f"unknown model.variant {name!r}; write one of {', '.join(SIZES)} and one of {patches}: 'B/16'")
+    return dict(zip(("width", "depth", "heads", "mlp_dim"), SIZES[size])) | {"patch_size": int(patch)}
+
+
+def from_config(model: ConfigDict | Mapping, *, channels: int, num_classes: int, head_bias: float = 0.0) -> NaViTConfig:
+    """The model that `configs.base.model` describes; width, depth, heads and mlp_dim override the variant where not 0.
+
+    Raises UserError for an unknown variant and for sizes that do not fit together.
+    """
+    sizes = variant(model["variant"])
+    sizes |= {name: model[name] for name in sizes if name != "patch_size" and model[name]}
+    shared = {name: model[name] for name in SHARED_FIELDS}
+    return NaViTConfig(**sizes, **shared, channels=channels, num_classes=num_classes, head_bias=head_bias)
+
+
+class NaViT(nnx.Module):
+    """Patch embedding, positions, encoder, pooling, head. Source: Dehghani et al. 2023 (2307.06304)."""
+
+    def __init__(self, cfg: NaViTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        stored, dtype = cfg.stored_patch_size, cfg.compute_dtype
+        self.embed = PatchEmbed(
+            cfg.patch_size, cfg.channels, cfg.width, stored=stored, bias=cfg.bias, dtype=dtype, rngs=rngs
+        )
+        if cfg.posemb not in ("rope", "none"):
+            self.posemb = positions.PositionEmbedding(cfg, cfg.width, rngs=rngs)
+        if cfg.registers:
+            init = jax.nn.initializers.normal(0.02)
+            self.registers = nnx.Param(init(rngs.params(), (cfg.registers, cfg.width), jnp.float32))
+        self.blocks = transformer.stack_blocks(cfg, rngs=rngs)
+        self.norm = transformer.LayerNorm(cfg.width, bias=cfg.bias)
+        if cfg.pool == "map":
+            self.pool = pooling.MapPool(cfg, rngs=rngs)
+        if cfg.num_classes:
+            ins, outs, zeros = (cfg.width,), (cfg.num_classes,), jax.nn.initializers.zeros
+            self.head = transformer.Dense(ins, outs, bias=True, dtype=jnp.float32, rngs=rngs, init=zeros)
+            self.head.bias[...] = jnp.full(outs, cfg.head_bias)
+
+    def tokens(self, images: Packed, *, key: jax.Array | None = None) -> jax.Array:
+        """Encoded tokens after the last norm, [B, L, D] in the compute dtype; those of padding mean nothing.
+
+        key: for dropout and stochastic depth; None is deterministic.
+        """
+        cfg, slots, length = self.cfg, images.grids.shape[1], images.segment_ids.shape[1]
+        embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
+        x_BLD = self.embed(images.values)
+        sides_BL2 = positions.token_sides(images.segment_ids, images.grids)
+        if cfg.posemb not in ("rope", "none"):
+            x_BLD = x_BLD + self.posemb(images.coords, sides_BL2).astype(x_BLD.dtype)
+        rope = None
+        if cfg.posemb == "rope":
+            rope = positions.rope(cfg, images.coords, sides_BL2, cfg.width // cfg.heads)
+        x_BLD = transformer.dropout(x_BLD, cfg.dropout, embed_key)
+        ids_BL = images.segment_ids
+        if cfg.registers:
+            x_BLD, ids_BL, rope = self._append_registers(x_BLD, ids_BL, rope, slots)
+        groups = make_groups(ids_BL, contiguous=not cfg.registers)
+        x_BLD = transformer.encode(cfg, self.blocks, x_BLD, groups, slots=slots, rope=rope, key=blocks_key)
+        return self.norm(x_BLD[:, :length])
+
+    def __call__(self, images: Packed, *, key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits [B, K, C] float32 of every slot, and {"pooled": [B, K, D] float32}; pooled of an empty slot is 0.
+
+        Without a head (num_classes 0) the logits are the pooled vectors. key: as in `tokens`.
+        """
+        slots = images.grids.shape[1]
+        pool = self.pool if self.cfg.pool == "map" else pooling.mean_pool
+        pooled_BKD = pool(self.tokens(images, key=key), images.segment_ids, slots)
+        logits_BKC = self.head(pooled_BKD) if self.cfg.num_classes else pooled_BKD
+        return logits_BKC, {"pooled": pooled_BKD}
+
+    def _append_registers(self, x_BLD: jax.Array, ids_BL: jax.Array, rope: tuple | None, slots: int) -> tuple:
+        """R learned tokens for each slot at the row's end, with id 0 where the slot is empty, unturned by rope."""
+        registers = self.cfg.registers
+        rows_RD = jnp.tile(self.registers.astype(x_BLD.dtype), (slots, 1))
+        x_BLD = jnp.concatenate([x_BLD, jnp.broadcast_to(rows_RD, (x_BLD.shape[0], *rows_RD.shape))], axis=1)
+        used_BK = pooling.membership(ids_BL, slots).any(-1)
+        own_BK = jnp.where(used_BK, jnp.arange(1, slots + 1), 0).astype(ids_BL.dtype)
+        ids_BL = jnp.concatenate([ids_BL, jnp.repeat(own_BK, registers, axis=1)], axis=1)
+        if rope is not None:
+            pad = [(0, 0), (0, slots * registers), (0, 0), (0, 0), (0, 0)]
+            rope = (jnp.pad(rope[0], pad), jnp.pad(rope[1], pad, constant_values=1.0))
+        return x_BLD, ids_BL, rope
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """(graphdef, parameters): a hashable description and a plain nested dict of arrays, as blocks/attn/q/kernel."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
+    """The inverse of `split`; also under jit, with tracers as parameters."""
+    return nnx.merge(graphdef, params)
+
+
+def abstract(cfg: NaViTConfig) -> tuple[nnx.GraphDef, dict]:
+    """`split` of a model whose parameters are shapes only: nothing is computed or stored."""
+    return split(nnx.eval_shape(lambda: NaViT(cfg, rngs=nnx.Rngs(0))))
+
+
+def init_params(cfg: NaViTConfig, seed: int) -> dict:
+    """Fresh parameters as a plain nested dict, made in one compiled call."""
+    return jax.jit(lambda key: split(NaViT(cfg, rngs=nnx.Rngs(key)))[1])(jax.random.key(seed))
+
+
+def count_params(params: dict) -> int:
+    """Number of scalars in a parameter dict, of arrays or of shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def flops_forward(cfg: NaViTConfig, lengths: Sequence[int] | np.ndarray) -> float:
+    """Useful matrix FLOPs (a multiply-add is 2) of one forward pass over images with these token counts.
+
+    Padding, masked logits and position tables are no use and not counted; a training step is three times as much.
+    """
+    n = np.asarray(lengths, np.float64)
+    images, tokens = n.size, n.sum()
+    inside, width, mlp_dim = n + cfg.registers, cfg.width, cfg.mlp_dim
+    patch = 2 * cfg.patch_size**2 * cfg.channels * width
+    linear = 2 * (4 * width**2 + 2 * width * mlp_dim)
+    total = tokens * patch + cfg.depth * (inside.sum() * linear + 4 * width * np.square(inside).sum())
+    if cfg.pool == "map":
+        total += tokens * 2 * (width * cfg.heads + width**2 + width) + images * 2 * (width**2 + 2 * width * mlp_dim)
+    else:
+        total += tokens * 2 * width
+    return float(total + images * 2 * width * cfg.num_classes)

@@ -1,0 +1,75 @@
+"""One float32 vector per image, for all images of all rows at once, without a [B, N, K, L] array.
+
+The query of attention pooling is the same for every image, so its logits are [B, L, N] and only the sums differ: a product
+with the [B, K, L] membership. For the same reason the key projection folds into the query: D * N instead of D * D a token.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from navit_jax.transformer import Dense, EncoderConfig, LayerNorm, Mlp
+
+KINDS = ("map", "mean")
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def membership(segment_ids_BL: jax.Array, slots: int) -> jax.Array:
+    """[B, K, L] bool: token l belongs to the image of slot k (ids are 1..K)."""
+    return segment_ids_BL[:, None, :] == jnp.arange(1, slots + 1)[None, :, None]
+
+
+def mean_pool(x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
+    """[B, K, D] float32: the mean of each image's tokens; an empty slot is exactly 0."""
+    member_BKL = membership(segment_ids_BL, slots).astype(jnp.float32)
+    total_BKD = jnp.matmul(member_BKL, x_BLD.astype(jnp.float32), precision=EXACT)
+    return total_BKD / jnp.maximum(member_BKL.sum(-1, keepdims=True), 1)
+
+
+class MapPool(nnx.Module):
+    """Attention pooling: y = out(attention(probe, tokens)), then y + mlp(norm(y)), as in big_vision's MAP head.
+
+    The keys have no bias: the softmax would cancel it. Source: Zhai et al. 2022 (2106.04560), section 2.2.
+    """
+
+    def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
+        heads = (cfg.heads, cfg.width // cfg.heads)
+        dense = partial(Dense, dtype=jnp.float32, rngs=rngs)
+        self.probe = nnx.Param(jax.nn.initializers.xavier_uniform()(rngs.params(), (1, cfg.width), jnp.float32))
+        self.q = dense((cfg.width,), heads, bias=cfg.bias)
+        self.k = dense((cfg.width,), heads, bias=False)
+        self.v = Dense((cfg.width,), heads, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
+        self.out = dense(heads, (cfg.width,), bias=cfg.bias)
+        self.norm = LayerNorm(cfg.width, bias=cfg.bias)
+        self.mlp = Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
+        """[B, K, D] float32 for ids 1..slots; an empty slot is exactly 0, with zero gradients."""
+        q_NH = self.q(self.probe[...])[0] * self.q.outs[1] ** -0.5
+        query_DN = jnp.einsum("DNH,NH->DN", self.k.kernel[...], q_NH)
+        logits_BLN = jnp.einsum("BLD,DN->BLN", x_BLD.astype(jnp.float32), query_DN)
+        member_BKL = membership(segment_ids_BL, slots)
+        pooled_BKNH = _weighted_mean(logits_BLN, self.v(x_BLD), segment_ids_BL, member_BKL)
+        y_BKD = self.out(pooled_BKNH)
+        y_BKD = y_BKD + self.mlp(self.norm(y_BKD))
+        return jnp.where(member_BKL.any(-1)[..., None], y_BKD, 0)
+
+
+def _weighted_mean(
+    logits_BLN: jax.Array, v_BLNH: jax.Array, segment_ids_BL: jax.Array, member_BKL: jax.Array
+) -> jax.Array:
+    """Softmax-weighted mean of v over each image's tokens, [B, K, N, H] float32; 0 for an empty slot."""
+    real_BL1 = (segment_ids_BL > 0)[..., None]
+    slot_BL1 = jnp.maximum(segment_ids_BL - 1, 0)[..., None]
+    fixed_BLN = jax.lax.stop_gradient(logits_BLN)  # the shift by the maximum changes no result, so no gradient
+    top_BKN = jnp.where(member_BKL[..., None], fixed_BLN[:, None], -jnp.inf).max(axis=2)
+    top_BLN = jnp.where(real_BL1, jnp.take_along_axis(top_BKN, slot_BL1, axis=1), fixed_BLN)
+    weights_BLN = jnp.where(real_BL1, jnp.exp(logits_BLN - top_BLN), 0)
+    member_BKL = member_BKL.astype(jnp.float32)
+    weighted_BLD = (weights_BLN[..., None] * v_BLNH.astype(jnp.float32)).reshape(*v_BLNH.shape[:2], -1)
+    total_BKD = jnp.matmul(member_BKL, weighted_BLD, precision=EXACT)
+    weight_BKN = jnp.matmul(member_BKL, weights_BLN, precision=EXACT)
+    total_BKNH = total_BKD.reshape(*total_BKD.shape[:2], *v_BLNH.shape[2:])
+    return total_BKNH / jnp.where(weight_BKN > 0, weight_BKN, 1)[..., None]

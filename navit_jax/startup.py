@@ -1,0 +1,103 @@
+"""What a run says and checks before its first step and after its last."""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from input_pipeline.errors import UserError
+from navit_jax import navit
+
+EMBEDDED = ("digits", "shapes", "photos")
+
+
+def prepare(workdir: Path, config: ConfigDict, new: bool) -> None:
+    """Make the run's folder, keep its config there and say how to resume it; UserError if it is unwritable."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."
+        ) from None
+    command = [a for a in sys.argv if a != "--eval_only"] + ([f"--workdir={workdir}"] if new else [])
+    print(f"run: {workdir}\nto resume: python {shlex.join(command)}", flush=True)
+    warn_unused_accelerator()
+
+
+def warn_unused_accelerator() -> None:
+    """Say so when jax computes on the CPU of a machine that has more."""
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return
+    for path, name, extra in (
+        ("/dev/nvidia0", "GPU", "cuda13"),
+        ("/dev/accel0", "TPU", "tpu"),
+        ("/dev/vfio/0", "TPU", "tpu"),
+    ):
+        if Path(path).exists():
+            print(
+                f'warning: this machine has a {name} that jax does not use. pip install -U "jax[{extra}]"', flush=True
+            )
+            return
+
+
+def describe(config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTConfig, total: int) -> None:
+    """The run in a few lines: data, packing, model."""
+    found, source = rows.report, config.data.source
+    if source in EMBEDDED:
+        print(
+            f"data: the embedded set {source!r}; for your own: --config {config_path()}:folder=PATH "
+            "(PATH/class/image.jpg)"
+        )
+    print(
+        f"      {len(rows.images.sizes)} training images, {held_out} held out, "
+        f"{len(rows.images.source.class_names)} classes\n"
+        f"rows: {rows.rows} a step of {rows.plan['length']} tokens and {rows.plan['slots']} slots; about "
+        f"{found.images / found.rows:.1f} "
+        f"images a row, {found.tokens / found.images:.0f} tokens an image, {100 * found.fill:.2f} % filled\n"
+        f"model: {config.model.variant}, {navit.count_params(navit.abstract(model)[1]) / 1e6:.1f} M parameters, "
+        f"{jnp.dtype(model.compute_dtype).name} on "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); {total} steps",
+        flush=True,
+    )
+
+
+def config_path() -> str:
+    """The config file as the user gave it, without its argument."""
+    given = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--config"), "")
+    given = given or next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "configs/navit_b16.py")
+    return given.split(":")[0]
+
+
+def finish(workdir: Path, step: int, total: int, start: int) -> None:
+    """The last lines: where everything lies."""
+    if start >= total:
+        print(f"nothing to do: {workdir} is at step {start} of {total}. --eval_only evaluates it.")
+    elif step < total:
+        print(
+            f"stopped at step {step} of {total} with a checkpoint; the command above with --workdir={workdir} goes on"
+        )
+    else:
+        print(f"done: metrics.jsonl, loss.png, accuracy_over_tokens.png and checkpoints are in {workdir}")
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self._request)
+
+    def _request(self, kind: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step, with a checkpoint", flush=True)

@@ -1,0 +1,94 @@
+"""One training step and one forward pass, as pure functions of plain dicts.
+
+The model is split once into a static graph and a dict of arrays, and `jax.jit` stands outside: with flax's own jit 24
+small layers took 101 ms a step, this way 17.6. State is {params, opt, step} and, where an average is kept, {ema}.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from input_pipeline.packed import Batch
+from navit_jax import losses, navit, optim, sharding
+
+State = dict[str, Any]
+
+
+def init_state(params: dict, tx: optax.GradientTransformation, ema: bool) -> State:
+    """Step 0. The average starts as the parameters."""
+    state = dict(params=params, opt=tx.init(params), step=jnp.zeros((), jnp.int32))
+    return state | (dict(ema=jax.tree.map(jnp.copy, params)) if ema else {})
+
+
+def make_train_step(
+    graph: Any,
+    tx: optax.GradientTransformation,
+    loss: Callable,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    seed: int = 0,
+) -> Callable[[State, Batch], tuple[State, dict]]:
+    """`step(state, batch) -> (state, metrics)`, jitted, donating the state.
+
+    The loss is the mean over the real images of the whole batch; with `accumulate`, rows are processed in that many
+    parts whose sums are added before the one division, so it equals the undivided step. metrics: sums over the batch
+    `loss`, `correct`, `images` and `tokens`, and `grad_norm`.
+    """
+
+    def sums(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
+        logits_BKC, _ = navit.merge(graph, params)(batch.images, key=key)
+        mask_BK = (batch.index >= 0) & (batch.labels.reshape(*batch.index.shape, -1).max(-1) >= 0)
+        total, count = losses.masked_sum(loss(logits_BKC, batch.labels, mask_BK), mask_BK)
+        correct, _ = losses.masked_sum(losses.correct_BK(logits_BKC, batch.labels), mask_BK)
+        tokens = jnp.sum(batch.images.segment_ids > 0)
+        return total, dict(loss=total, correct=correct, images=count, tokens=tokens)
+
+    gradient = jax.grad(sums, has_aux=True)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict]:
+        params = state["params"]
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        if accumulate == 1:
+            grads, metrics = gradient(params, batch, key)
+        else:
+            grads, metrics = _accumulate(gradient, params, batch, key, accumulate)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(metrics["images"], 1), grads)
+        updates, opt = tx.update(grads, state["opt"], params)
+        params = optax.apply_updates(params, updates)
+        new = dict(params=params, opt=opt, step=state["step"] + 1)
+        if ema_decay:
+            new["ema"] = optim.ema_update(state["ema"], params, ema_decay)
+        return new, metrics | dict(grad_norm=optax.global_norm(grads))
+
+    whole = sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, sharding.rows(mesh)), out_shardings=(whole, whole))
+
+
+def _accumulate(gradient: Callable, params: dict, batch: Batch, key: jax.Array, parts: int) -> tuple[dict, dict]:
+    """Sums of gradients and metrics over `parts` equal slices of the rows, one at a time in memory."""
+    slices = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+
+    def body(total: tuple, part: tuple) -> tuple[tuple, None]:
+        i, rows = part
+        return jax.tree.map(jnp.add, total, gradient(params, rows, jax.random.fold_in(key, i))), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], slices), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, (jnp.arange(parts), slices))[0]
+
+
+def make_forward(graph: Any, mesh: Mesh) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
+    """`forward(params, batch) -> (logits_BKC, pooled_BKD)`, jitted, without dropout; float32."""
+
+    def forward(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits_BKC, extra = navit.merge(graph, params)(batch.images)
+        return logits_BKC, extra["pooled"]
+
+    whole = sharding.replicated(mesh)
+    return jax.jit(forward, in_shardings=(whole, sharding.rows(mesh)), out_shardings=whole)

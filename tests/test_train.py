@@ -1,0 +1,184 @@
+"""Promises of the trainer, seen through its files: it learns, resumes bit for bit, refuses what would break that."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+import train
+from configs import quickstart
+from input_pipeline.errors import UserError
+
+ROOT = Path(train.__file__).parent
+
+
+def tiny(**fields):
+    config = quickstart.get_config()
+    config.model.update(width=32, depth=2, heads=2, mlp_dim=64)
+    config.packing.update(row_length=32, rows_per_step=2)
+    config.optim.update(lr=1e-3, schedule="constant", warmup_steps=2, cooldown_steps=0)
+    config.update(total_steps=12, log_every_steps=1, checkpoint_every_steps=4)
+    config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=2)
+    for path, value in fields.items():
+        *where, last = path.split("__")
+        node = config
+        for name in where:
+            node = node[name]
+        node[last] = value
+    return config
+
+
+def run(config, workdir, eval_only=False):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train.py", "--config", str(ROOT / "configs/quickstart.py")])
+    flags.FLAGS.workdir, flags.FLAGS.eval_only = str(workdir), eval_only
+    train.main(config)
+    return lines(workdir)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records):
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder and metrics."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run(tiny(), workdir)
+
+
+def test_a_run_leaves_what_a_person_looks_at(whole):
+    workdir, records = whole
+    assert set(losses(records)) == set(range(1, 13))
+    wanted = {"train/loss", "train/images_per_s", "train/tokens_per_s", "train/mfu", "data/fill", "data/skipped"}
+    assert wanted <= set(records[0])
+    last = {k: v for r in records for k, v in r.items() if k.startswith("eval/")}
+    assert {"eval/top1@9", "eval/top5@9", "eval/ece@16", "eval/top1@16"} <= set(last)
+    for name in ("accuracy_over_tokens.csv", "accuracy_over_tokens.png", "loss.png", "config.json"):
+        assert (workdir / name).stat().st_size > 0
+    assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
+    half = run(tiny(), tmp_path / "a")  # the same again: nothing depends on the clock or the folder
+    assert losses(half) == losses(whole[1])
+    # a process that died after step 8 was saved, with metrics of later steps already written
+    for step in (tmp_path / "a" / "checkpoints").iterdir():
+        if step.name == "12":
+            subprocess.run(["rm", "-r", step], check=True)
+    resumed = run(tiny(), tmp_path / "a")
+    assert losses(resumed) == losses(whole[1])
+    steps = [r["step"] for r in resumed if "train/loss" in r]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_same_command_goes_on(whole, tmp_path, kills):
+    config = tiny()
+    overrides = [
+        f"--config.{k}={json.loads(json.dumps(v))}"
+        for k, v in {
+            "model.width": 32, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 64,
+            "packing.row_length": 32, "packing.rows_per_step": 2,
+            "optim.lr": 1e-3, "optim.warmup_steps": 2, "optim.cooldown_steps": 0,
+            "total_steps": 12, "log_every_steps": 1, "checkpoint_every_steps": 4,
+            "eval.token_budgets": "(9,16)", "eval.max_examples": 40, "eval.rows_per_step": 2,
+        }.items()
+    ]  # fmt: skip
+    command = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), *overrides]
+    rng = random.Random(kills)
+    out = open(tmp_path / "out", "w")
+    for _ in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        # wait for the loop, then for a random moment of it (a save among them)
+        deadline = time.time() + 120
+        while not (tmp_path / "metrics.jsonl").exists() and time.time() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=out, stderr=out, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert losses(lines(tmp_path)) == losses(whole[1])
+    assert config.total_steps == max(losses(lines(tmp_path)))
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    command = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path)]
+    command += ["--config.model.depth=2", "--config.model.width=32", "--config.log_every_steps=1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped at step" in out, out
+    assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_change_that_would_break_the_sequence_is_refused_by_name(whole):
+    with pytest.raises(UserError, match=r"optim\.lr.*0\.001.*0\.002"):
+        run(tiny(optim__lr=2e-3), whole[0])
+    with pytest.raises(UserError, match=r"packing\.open_rows"):
+        run(tiny(packing__open_rows=4), whole[0])
+
+
+def test_eval_only_gives_the_scores_of_the_last_evaluation(whole):
+    before = whole[1][-1]
+    after = run(tiny(), whole[0], eval_only=True)[-1]
+    assert after["step"] == before["step"] == 12
+    for k, v in before.items():
+        if k.startswith("eval/") and "per_s" not in k:
+            assert after[k] == v, k
+
+
+def test_eval_only_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        run(tiny(), tmp_path, eval_only=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoint(tmp_path):
+    config = tiny(optim__lr=1e30, optim__clip_norm=0.0, optim__warmup_steps=0, checkpoint_every_steps=1)
+    with pytest.raises(UserError, match=r"step \d+: loss .*not finite.*index in the source\): \[\d+"):
+        run(config, tmp_path)
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    finite = losses(lines(tmp_path))
+    assert all(np.isfinite(v) for v in finite.values())
+    assert max(saved, default=0) <= max(finite, default=0)
+
+
+def test_fine_tuning_from_a_run(whole, tmp_path, capsys):
+    records = run(tiny(init_from=str(whole[0]), total_steps=2), tmp_path)
+    assert losses(records)[1] < losses(whole[1])[1]
+    run(tiny(init_from=str(whole[0]), data__source="shapes", total_steps=1, eval__max_examples=8), tmp_path / "head")
+    assert "head" in capsys.readouterr().out
+    with pytest.raises(UserError, match="blocks/.*kernel"):
+        run(tiny(init_from=str(whole[0]), model__mlp_dim=96), tmp_path / "other")
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write.*--workdir"):
+        run(tiny(), tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns(tmp_path):
+    config = quickstart.get_config()
+    config.total_steps = 150
+    records = run(config, tmp_path)
+    values = list(losses(records).values())
+    assert np.mean(values[-2:]) < 0.7 * np.mean(values[:2])

@@ -1,0 +1,119 @@
+"""The step as mathematics: the mean is over real images, however the rows are divided."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_packed
+
+from configs import base
+from input_pipeline.errors import UserError
+from input_pipeline.packed import Batch
+from navit_jax import losses, navit, optim, sharding, train_step
+
+B, L, K, CLASSES = 4, 24, 4, 5
+
+
+def make_batch(seed):
+    rng = np.random.default_rng(seed)
+    images = random_packed(rng, [[5, 7], [9], [3, 3, 3, 3], []], L, K, 4 * 4 * 3)
+    used = images.grids[..., 0] > 0
+    labels = np.where(used, rng.integers(0, CLASSES, (B, K)), -1).astype(np.int32)
+    return Batch(images, labels, np.where(used, np.arange(B * K).reshape(B, K), -1).astype(np.int32))
+
+
+def make(**options):
+    config = base.get_config()
+    config.model.update(variant="Ti/8", width=16, depth=2, heads=2, mlp_dim=32)
+    config.optim.update(lr=1e-2, schedule="constant", weight_decay=())
+    cfg = navit.from_config(config.model, channels=3, num_classes=CLASSES)
+    cfg = type(cfg)(**{**cfg.__dict__, "patch_size": 4})
+    graph, shapes = navit.abstract(cfg)
+    tx, _ = optim.make_optimizer(config.optim, shapes, 10)
+    params = navit.init_params(cfg, 0)
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    mesh = sharding.make_mesh(B)
+    state = jax.device_put(
+        train_step.init_state(params, tx, bool(options.get("ema_decay"))), sharding.replicated(mesh)
+    )
+    return graph, state, train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, **options)
+
+
+def run(steps=3, **options):
+    _, state, step = make(**options)
+    seen = []
+    for i in range(steps):
+        state, metrics = step(state, make_batch(i))
+        seen.append(jax.device_get(metrics))
+    return jax.device_get(state), seen
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_undivided_step(parts):
+    """The parts hold 3 + 0 images and so on: a mean of means would differ."""
+    one, seen_one = run()
+    many, seen_many = run(accumulate=parts)
+    for a, b in zip(seen_one, seen_many, strict=True):
+        assert a["images"] == b["images"] == 7 and a["tokens"] == b["tokens"] == 33
+        assert np.allclose(a["loss"], b["loss"], rtol=1e-5) and np.allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(one["params"]), jax.tree.leaves(many["params"]), strict=True):
+        assert np.allclose(a, b, atol=2e-4)
+
+
+def test_the_gradient_is_the_mean_over_real_images():
+    graph, state, step = make()
+    batch = make_batch(0)
+    params = jax.tree.map(jnp.copy, state["params"])
+
+    def mean(params):
+        logits, _ = navit.merge(graph, params)(batch.images)
+        real = np.argwhere(batch.index >= 0)
+        total = 0.0
+        for r, k in real:  # one image at a time, from the definition
+            target = jax.nn.one_hot(batch.labels[r, k], CLASSES)
+            x = logits[r, k]
+            total += -jnp.sum(target * jax.nn.log_sigmoid(x) + (1 - target) * jax.nn.log_sigmoid(-x))
+        return total / len(real)
+
+    value, grads = jax.value_and_grad(mean)(params)
+    _, metrics = step(state, batch)
+    assert np.allclose(metrics["loss"] / metrics["images"], value, rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    assert np.allclose(metrics["grad_norm"], norm, rtol=1e-4)
+
+
+def test_the_average_follows_the_parameters():
+    state, _ = run(steps=1, ema_decay=0.9)
+    _, start, _ = make(ema_decay=0.9)
+    for a, p, s in zip(*(jax.tree.leaves(t) for t in (state["ema"], state["params"], start["params"])), strict=True):
+        assert np.allclose(a, 0.9 * s + 0.1 * p, atol=1e-6)
+
+
+def test_one_compilation_serves_twenty_batches():
+    _, state, step = make()
+    for i in range(20):
+        state, _ = step(state, make_batch(i))
+        jax.block_until_ready(state)
+    assert step._cache_size() == 1
+
+
+def test_rows_that_do_not_divide_over_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    with pytest.raises(UserError, match="rows_per_step=4 .*3 devices.*rows_per_step=6"):
+        sharding.make_mesh(4)
+
+
+def test_four_devices_give_the_losses_of_one():
+    code = "import sys; sys.path[:0] = ['tests', '.']; import test_train_step as t; print([float(s['loss']) for s in t.run()[1]])"
+    outs = []
+    for devices in (1, 4):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        root = Path(__file__).parent.parent
+        out = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
+        outs.append(eval(out.stdout))
+    assert np.allclose(*outs, rtol=1e-5)
