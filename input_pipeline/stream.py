@@ -35,7 +35,12 @@ def open_images(config: ConfigDict, split: str) -> Images:
     spec = (data.eval_source or data.source) if split == "eval" else data.source
     name = data.eval_split if split == "eval" else data.train_split
     source = open_source(
-        spec, name, image_field=data.image_field, label_field=data.label_field, multi_label=data.multi_label
+        spec,
+        name,
+        image_field=data.image_field,
+        label_field=data.label_field,
+        multi_label=data.multi_label,
+        hold_out=not data.eval_source,
     )
     if not len(source):
         raise UserError(f"{spec} has no images in its split {name!r}")

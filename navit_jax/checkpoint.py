@@ -1,20 +1,14 @@
-"""Checkpoints of a run: asynchronous, atomic, the last k and the best.
+"""Checkpoints of a run: asynchronous, atomic, the last k and the best; and their parameters for another run.
 
-A run's folder holds `checkpoints/STEP/` with `state` (nested dicts of arrays, by Orbax) and `meta/meta.json`. Orbax
-writes into a temporary folder and renames it, so a killed process leaves the earlier ones. Two decisions:
-`AsyncCheckpointer` with our own pruning instead of `CheckpointManager`, which deletes in place (a kill then leaves half
-of a checkpoint that looks whole; here it is renamed first); and neither compression nor OCDBT, because weights do not
-compress: 0.34 GB take 0.2 s of one core, and 1.6 s with both for 8 % less. What a checkpoint must match to be used is
-in `compatibility`.
+Orbax writes into a temporary folder and renames it, so a killed process leaves the earlier checkpoints whole. Its
+`CheckpointManager` deletes in place, where a kill leaves half of a checkpoint that looks whole; so this is its
+`AsyncCheckpointer`, and what goes is renamed first. What a checkpoint must match to be used is in `compatibility`.
 """
 
-import contextlib
-import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from input_pipeline.errors import UserError
+from navit_jax import checkpoint_files as files
 from navit_jax.compatibility import check_compatible, differences, init_from, named_leaves, nested, to_json
 
 __all__ = ["Checkpoints", "check_compatible", "find_checkpoint", "init_from", "restore_params"]
@@ -32,6 +27,9 @@ Tree = Any
 _PARTIAL = (".orbax-checkpoint-tmp", ".deleted")  # unfinished saves and deletions
 _FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)  # tensorstore reports a full disk as a ValueError
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+_copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
 
 class Checkpoints:
@@ -45,10 +43,12 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep_last: int, best_metric: str) -> None:
         if keep_last < 1:
             raise UserError(f"keep_checkpoints is {keep_last}; expected 1 or more: the last one is what resumes.")
-        self.root = _absolute(folder)
+        self.root = files.absolute(folder)
         self._keep_last, self._best_metric = keep_last, best_metric
         self._saving, self._swept = None, False
-        self._checkpointer = ocp.AsyncCheckpointer(_handler())
+        # Asked to make its folders in the background, Orbax takes 5 minutes to report one that it cannot make.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(files.handler(), async_options=options)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -64,16 +64,15 @@ class Checkpoints:
         self.wait()
         if not self._swept:  # not when opened: an evaluation must not touch what a running trainer writes
             self._sweep()
-        if step in _steps(self.root):
+        if step in files.steps(self.root):
             return False
         numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         text = {"meta": to_json(meta), "metrics": numbers, "best_metric": self._best_metric}
         _check_room(self.root, step, state)
-        # On a CPU Orbax would hold the buffers themselves, and a step that donates them would wait for the disk.
-        arrays = jax.tree.map(jnp.copy if jax.default_backend() == "cpu" else jnp.asarray, state)
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(nested(named_leaves(arrays))), meta=ocp.args.JsonSave(text)
-        )
+        if jax.default_backend() == "cpu":  # there Orbax holds the buffers: a step that donates them would wait for it
+            state = _copy(state)
+        arrays = ocp.args.PyTreeSave(nested(named_leaves(state)))
+        items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(text))
         self._saving = step
         try:
             self._checkpointer.save(self.root / str(step), args=items)
@@ -83,11 +82,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
-        return max(_steps(self.root), default=None)
+        return max(files.steps(self.root), default=None)
 
     def best(self) -> int | None:
         """The step with the largest `best_metric`, the later of equals; None if no checkpoint has it."""
-        return _best(self.root, self._best_metric)
+        return files.best(self.root, self._best_metric)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
         """(state, meta) of a step, with the structure, shapes, dtypes and shardings of `like`.
@@ -97,19 +96,19 @@ class Checkpoints:
         """
         self.wait()
         path = self.root / str(step)
-        wrong = differences(_saved(path), named_leaves(like))
+        wrong = differences(files.saved_arrays(path), named_leaves(like))
         if wrong:
             raise UserError(
                 f"The checkpoint {path} does not fit this run:\n{wrong}\nUse the config that it was made with."
             )
         abstract = nested(named_leaves(jax.tree.map(_abstract, like)))
-        leaves = named_leaves(_read(path, abstract, ocp.checkpoint_utils.construct_restore_args(abstract)))
+        leaves = named_leaves(files.read_arrays(path, abstract, ocp.checkpoint_utils.construct_restore_args(abstract)))
         state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named_leaves(like)])
         return state, self.restore_meta(step)
 
     def restore_meta(self, step: int) -> dict:
         """The meta of a step, without its arrays."""
-        return _text(self.root / str(step))["meta"]
+        return files.read_text(self.root / str(step))["meta"]
 
     def wait(self) -> None:
         """Wait for the save under way, then drop what need not stay. Raises UserError if it could not be written."""
@@ -132,23 +131,23 @@ class Checkpoints:
         last = self.latest()
         kept = "No earlier one exists." if last is None else f"The earlier ones are whole, the last of step {last}."
         raise UserError(
-            f"The checkpoint of step {step} could not be written to {self.root}: {_first_line(error)}. {kept} "
+            f"The checkpoint of step {step} could not be written to {self.root}: {files.cause(error)}. {kept} "
             "Free space there or correct its permissions; the same command then resumes."
         ) from error
 
     def _prune(self) -> None:
-        keep = {*_steps(self.root)[-self._keep_last :], _best(self.root, self._best_metric)}
-        for step in set(_steps(self.root)) - keep if jax.process_index() == 0 else ():
+        keep = {*files.steps(self.root)[-self._keep_last :], files.best(self.root, self._best_metric)}
+        for step in set(files.steps(self.root)) - keep if jax.process_index() == 0 else ():
             doomed = self.root / f"{step}.deleted"  # a kill while its files go must not leave half of a checkpoint
             (self.root / str(step)).rename(doomed)
-            _remove(doomed)
+            files.remove(doomed)
 
     def _sweep(self) -> None:
         """Remove what a killed or failed process left unfinished."""
         self._swept = True
         for path in self.root.iterdir() if jax.process_index() == 0 and self.root.is_dir() else ():
             if any(mark in path.name for mark in _PARTIAL):
-                _remove(path)
+                files.remove(path)
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
@@ -156,14 +155,14 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 
     Raises UserError if there is none.
     """
-    path = _absolute(path)
+    path = files.absolute(path)
     if (path / "state").exists():
         return path
     root = path / "checkpoints" if (path / "checkpoints").exists() else path
-    steps = _steps(root)
+    steps = files.steps(root)
     if not steps:
         raise UserError(f"No checkpoint in {path}; expected a run's folder, or one of its checkpoints/STEP.")
-    best = _best(root, _text(root / str(steps[-1]))["best_metric"])
+    best = files.best(root, files.read_text(root / str(steps[-1]))["best_metric"])
     return root / str(steps[-1] if best is None else best)
 
 
@@ -174,61 +173,12 @@ def restore_params(path: epath.PathLike) -> tuple[Tree, dict]:
     them do not matter. Raises UserError if there is no checkpoint or it cannot be read.
     """
     path = find_checkpoint(path)
-    saved = _saved(path)
+    saved = files.saved_arrays(path)
     part = "ema" if any(name.startswith("ema/") for name in saved) else "params"
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items() if name.startswith(f"{part}/")}
     abstract = nested(shapes)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    return _read(path, abstract, as_numpy)[part], _text(path)["meta"]
-
-
-def _handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
-        meta=ocp.JsonCheckpointHandler(filename="meta.json"),
-    )
-
-
-@contextlib.contextmanager
-def _reader(path: epath.Path) -> Iterator[ocp.Checkpointer]:
-    try:
-        with ocp.Checkpointer(_handler()) as reader:
-            yield reader
-    except _FAILURES as error:
-        raise UserError(f"Cannot read the checkpoint {path}: {_first_line(error)}. Name another.") from error
-
-
-def _read(path: epath.Path, abstract: Tree, restore_args: Tree) -> Tree:
-    state = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
-    with _reader(path) as reader:
-        return reader.restore(path, args=ocp.args.Composite(state=state))["state"]
-
-
-def _saved(path: epath.Path) -> dict[str, Any]:
-    """Name, shape and dtype of the arrays in a checkpoint."""
-    if not (path / "state").exists():
-        raise UserError(f"No checkpoint at {path}; there are the steps {_steps(path.parent)}.")
-    with _reader(path) as reader:
-        return named_leaves(reader.metadata(path).item_metadata["state"].tree)
-
-
-def _text(path: epath.Path) -> dict:
-    """Read without Orbax, whose reads are a barrier for all processes: pruning is the first one's alone."""
-    try:
-        return json.loads((path / "meta" / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}/meta/meta.json: {error}. Name another checkpoint.") from error
-
-
-def _steps(root: epath.Path) -> list[int]:
-    paths = root.iterdir() if root.is_dir() else ()
-    return sorted(int(p.name) for p in paths if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p))
-
-
-def _best(root: epath.Path, metric: str) -> int | None:
-    values = {step: _text(root / str(step))["metrics"].get(metric) for step in _steps(root) if metric}
-    found = [(value, step) for step, value in values.items() if value is not None]
-    return max(found)[1] if found else None
+    return files.read_arrays(path, abstract, as_numpy)[part], files.read_text(path)["meta"]
 
 
 def _check_room(root: epath.Path, step: int, state: Tree) -> None:
@@ -245,17 +195,3 @@ def _check_room(root: epath.Path, step: int, state: Tree) -> None:
 def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).expanduser()
-    return path if path.is_absolute() else epath.Path(os.path.abspath(path))
-
-
-def _remove(path: epath.Path) -> None:
-    with contextlib.suppress(OSError):  # a failed save may still be writing: the next sweep gets the rest
-        path.rmtree()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".")[:400]

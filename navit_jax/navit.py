@@ -1,7 +1,7 @@
 """NaViT: packed patches in, one vector or one row of logits per image out; and what goes with it: sizes, init, FLOPs.
 
-Training code sees a model as (graphdef, parameters): a hashable description and a plain nested dict of float32 arrays, so
-`jax.jit`, checkpoints and rules over parameter paths need to know nothing of modules.
+Training code sees a model as (graphdef, parameters): a hashable description and a plain nested dict of float32 arrays,
+so `jax.jit`, checkpoints and rules over parameter paths need to know nothing of modules.
 """
 
 from collections.abc import Mapping, Sequence

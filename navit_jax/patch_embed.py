@@ -1,4 +1,4 @@
-"""From pixels to tokens: bytes are normalised on the device, then one dense layer; no convolution, patches are cut already.
+"""From pixels to tokens: bytes are normalised on the device, then one dense layer, as the patches are cut already.
 
 A kernel may be kept at another patch size than it runs at (FlexiViT): it is resampled at each use, because resampling a
 resampled kernel loses detail, and the gradient reaches the kept one.
@@ -43,8 +43,8 @@ def normalise(values: jax.Array) -> jax.Array:
 def resample_kernel(kernel_PD: jax.Array, stored: int, patch: int, channels: int) -> jax.Array:
     """The kernel for another patch size, [patch * patch * channels, D], whose products change least.
 
-    With B the bilinear resize of a patch, w_new = pinv(B)^T w: for patch >= stored, <x, w> = <B x, w_new> exactly. B is a
-    product of one matrix a side, so its pseudo-inverse is too. Source: Beyer et al. 2022 (FlexiViT, 2212.08013), 3.3.
+    With B the bilinear resize of a patch, w_new = pinv(B)^T w: for patch >= stored, <x, w> = <B x, w_new> exactly. B is
+    a product of one matrix a side, so its pseudo-inverse is too. Source: Beyer et al. 2022 (FlexiViT, 2212.08013), 3.3.
     """
     if stored == patch:
         return kernel_PD

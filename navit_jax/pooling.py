@@ -1,7 +1,8 @@
 """One float32 vector per image, for all images of all rows at once, without a [B, N, K, L] array.
 
-The query of attention pooling is the same for every image, so its logits are [B, L, N] and only the sums differ: a product
-with the [B, K, L] membership. For the same reason the key projection folds into the query: D * N instead of D * D a token.
+The query of attention pooling is the same for every image, so its logits are [B, L, N] and only the sums differ: a
+product with the [B, K, L] membership. For the same reason the key projection folds into the query, D * N operations a
+token instead of D * D.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Every position embedding: where a patch lies in its image, told to the model.
 
-Tables are read by triangle weights, [L, M] @ [M, D], not by indexing: at an integer the weights are one-hot, between two
-they interpolate, so one formula serves absolute, fractional and stretched coordinates, and the gradient is a product
-where indexing needs a scatter. It costs 0.1 % of a B/16. `rope` turns queries and keys instead and holds no parameters.
+Tables are read by triangle weights, [L, M] @ [M, D], not by indexing: at an integer the weights are one-hot, between
+two they interpolate, so one formula serves absolute, fractional and stretched coordinates, and its gradient is a
+product, not a scatter. It costs 0.1 % of a B/16. `rope` turns queries and keys instead and has no parameters.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class PositionConfig:
         _one_of("posemb_beyond", self.posemb_beyond, ("error", "interpolate"))
         if self.posemb_combine != "sum" and self.posemb not in ("learned", "sinusoidal"):
             raise UserError(
-                f"model.posemb_combine is {self.posemb_combine!r}, but only learned and sinusoidal embeddings have a part "
-                f"for y and one for x to combine; {self.posemb!r} has not: set posemb_combine to 'sum'"
+                f"model.posemb_combine is {self.posemb_combine!r}, but only learned and sinusoidal embeddings have a "
+                f"part for y and one for x to combine; {self.posemb!r} has not: set posemb_combine to 'sum'"
             )
         if self.posemb_max < 2:
             raise UserError(f"model.posemb_max is {self.posemb_max}; a table needs 2 rows or more")
@@ -60,7 +60,7 @@ class PositionEmbedding(nnx.Module):
     """What is added to the patches: every kind except 'rope' and 'none'.
 
     Parameters: y, x [M, D] (learned; [M, D/2] when concatenated), frequencies [2, D/2] (fourier), table [16, 16, D].
-    Sources: NaViT (2307.06304) section 2.1, Li et al. 2021 (2106.02795) for fourier, SigLIP 2 (2502.14786) for the table.
+    Sources: NaViT (2307.06304) section 2.1; fourier: Li et al. 2021 (2106.02795); table: SigLIP 2 (2502.14786).
     """
 
     def __init__(self, cfg: PositionConfig, width: int, *, rngs: nnx.Rngs):

@@ -1,7 +1,8 @@
 """The encoder: one pre-norm block, stacked over depth and run by a scan, so that 12 layers compile like one.
 
-Modules hold no rng state; a call gets a key, or None to be deterministic. Element-wise functions keep only their input
-for the backward pass and recompute the rest: a scan stacks whatever is kept, one copy a layer.
+Modules hold no rng state; a call gets a key, or None to be deterministic. GELU and norms keep one array for the
+backward pass and recompute the rest, because a scan stacks whatever is kept, one copy a layer: with JAX's own gradients
+of them a step of four layers, width 384, needs 640 MiB of temporaries instead of 356, and 15 to 20 % more time.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class EncoderConfig:
 
 
 class Dense(nnx.Module):
-    """A linear map over the last axes, [..., *ins] -> [..., *outs]; kernel [*ins, *outs] float32, computes in `dtype`."""
+    """A linear map over the last axes, [..., *ins] -> [..., *outs], in `dtype`; kernel [*ins, *outs] float32."""
 
     def __init__(
         self,
@@ -94,14 +95,32 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _standardise(x.astype(jnp.float32)) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        y = _scaled_norm(x, self.scale[...])
+        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
-def _standardise(x: jax.Array) -> jax.Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+@jax.custom_vjp
+def _scaled_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return _norm_forward(x, scale)[0]
+
+
+def _norm_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple]:
+    centred = x.astype(jnp.float32)
+    centred = centred - centred.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    y = centred * inverse
+    return (y * scale).astype(x.dtype), (y.astype(x.dtype), inverse, scale)
+
+
+def _norm_backward(kept: tuple, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y, inverse, scale = kept
+    y, d = y.astype(jnp.float32), d.astype(jnp.float32)
+    d_y = d * scale
+    d_x = inverse * (d_y - d_y.mean(-1, keepdims=True) - y * (d_y * y).mean(-1, keepdims=True))
+    return d_x.astype(kept[0].dtype), (d * y).sum(range(d.ndim - 1))
+
+
+_scaled_norm.defvjp(_norm_forward, _norm_backward)
 
 
 class Mlp(nnx.Module):
@@ -177,7 +196,7 @@ def encode(
 ) -> jax.Array:
     """Runs stacked blocks over [B, L, D]; groups' ids are 1..slots; key None: no dropout and no stochastic depth.
 
-    rope: sine and cosine of `positions.rope`. Stochastic depth drops a branch for whole images, not for whole rows, with
+    rope: sine and cosine of `positions.rope`. Stochastic depth drops a branch for whole images, not for whole rows, at
     a rate that grows linearly from 0 to cfg.stochastic_depth over the layers.
     """
     graphdef, params = nnx.split(blocks)

@@ -207,13 +207,12 @@ def test_sigkill_leaves_whole_checkpoints(tmp_path, kills):
     rng, newest = np.random.default_rng(kills), 0
     for _ in range(kills):
         command = [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path)]
-        child = subprocess.Popen(command, **process(), stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, **process(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3 + int(rng.integers(0, 4))):
             started = int(child.stdout.readline())
         time.sleep(float(rng.uniform(0, 0.06)))
         child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        assert child.communicate()[1] == ""  # Orbax is quiet
         found = check_whole(tmp_path)
         assert found >= started - 1 > newest
         newest = found
@@ -285,15 +284,16 @@ def test_a_folder_that_stops_being_writable_is_named(tmp_path):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     ours = Checkpoints(tmp_path, 2, "")
-    ours.save(1, {"params": make_params()}, {})
+    state = {"params": {"w": jnp.zeros(9)}}
+    ours.save(1, state, {})
     ours.close()
-    array = tmp_path / "1" / "state" / "params.head.bias"
+    array = tmp_path / "1" / "state" / "params.w"
     (array / "0").write_bytes((array / "0").read_bytes()[:-1])
     with pytest.raises(UserError, match="Cannot read .*/1"):
         restore_params(tmp_path / "1")
     (array / "0").unlink()
-    with pytest.raises(UserError, match="Cannot read .*/1"):
-        ours.restore(1, {"params": make_params()})
+    with pytest.raises(UserError, match="Cannot read .*/1: .*params.w.*missing"):
+        ours.restore(1, state)
     shutil.rmtree(array)
     with pytest.raises(UserError, match="Cannot read .*/1"):
         restore_params(tmp_path / "1")
@@ -306,20 +306,6 @@ def test_opening_leaves_the_files_of_a_running_trainer_alone(tmp_path):
     (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
     Checkpoints(tmp_path, 2, "").close()
     assert (tmp_path / "4.orbax-checkpoint-tmp").exists()
-
-
-def test_orbax_is_quiet(tmp_path):
-    code = """
-        import sys, jax.numpy as jnp
-        from navit_jax.checkpoint import Checkpoints
-        ours = Checkpoints(sys.argv[1], 1, "")
-        for step in range(3):
-            ours.save(step, {"params": {"w": jnp.zeros(3)}}, {})
-        ours.close()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    done = subprocess.run(command, **process(), capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_fine_tuning_takes_old_values_and_keeps_a_new_head():

@@ -8,20 +8,20 @@ import difflib
 import os
 
 from input_pipeline.errors import UserError
-from input_pipeline.sources import datasets, embedded, files, shapes, tar
+from input_pipeline.sources import datasets, embedded, files, records, shapes, tar
 from input_pipeline.sources.base import Record, Source, refuse_multi_label
 
 __all__ = ["Record", "Source", "open_source"]
 
 EMBEDDED = {"digits": embedded.DigitsSource, "shapes": shapes.ShapesSource, "photos": embedded.PhotosSource}
 STORED = {
-    "folder": "folder=PATH",
-    "tfds": "tfds=NAME",
-    "array_record": "array_record=GLOB",
-    "tar": "tar=GLOB",
-    "hf": "hf=PATH",
+    "tfds": datasets.TfdsSource,
+    "array_record": records.ArrayRecordSource,
+    "tar": tar.TarSource,
+    "hf": datasets.HuggingFaceSource,
 }
-CHOICES = " | ".join([*EMBEDDED, *STORED.values()])
+CHOICES = "digits | shapes | photos | folder=PATH | tfds=NAME | array_record=GLOB | tar=GLOB | hf=PATH"
+KINDS = (*EMBEDDED, "folder", *STORED)
 
 
 def open_source(
@@ -45,24 +45,20 @@ def open_source(
     if kind in EMBEDDED and not where:
         refuse_multi_label(multi_label, kind)
         return EMBEDDED[kind](split)
+    if kind == "folder" and where:
+        refuse_multi_label(multi_label, kind)
+        return files.FolderSource(where, split, hold_out)
     if kind in STORED and where:
-        if kind == "folder":
-            refuse_multi_label(multi_label, "folder")
-            return files.FolderSource(where, split, hold_out)
-        fields = datasets.Fields(image_field, label_field, multi_label)
-        if kind == "tfds":
-            return datasets.TfdsSource(where, split, fields)
-        opener = {"tar": tar.TarSource, "array_record": datasets.ArrayRecordSource, "hf": datasets.HuggingFaceSource}
-        return opener[kind](where, split, fields, hold_out)
+        return STORED[kind](where, split, records.Fields(image_field, label_field, multi_label), hold_out)
     raise UserError(f"data.source={spec!r}: {_hint(spec, kind)}expected one of {CHOICES}")
 
 
 def _hint(spec: str, kind: str) -> str:
-    if kind in STORED:
+    if kind in KINDS and kind not in EMBEDDED:
         return f"{kind} needs to know where, "
     if kind in EMBEDDED:
         return f"{kind} takes no value, "
     if os.path.exists(spec):
         return f"a folder of images is given as folder={spec}; "
-    near = difflib.get_close_matches(kind, [*EMBEDDED, *STORED], n=1)
+    near = difflib.get_close_matches(kind, KINDS, n=1)
     return f"did you mean {near[0]}? " if near else ""

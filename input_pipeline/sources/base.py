@@ -1,8 +1,10 @@
 """What every source is, and the rules that several of them share: held-out images, split names, labels."""
 
 import hashlib
+import importlib
 import logging
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -135,6 +137,14 @@ def refuse_multi_label(multi_label: bool, kind: str) -> None:
             f"data.source={kind} has one class an image: data.multi_label needs tar, array_record, tfds or hf data "
             "whose label field is a list of classes"
         )
+
+
+def require(module: str, package: str, where: str) -> ModuleType:
+    """Imports a library that only some sources need. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{where} needs {package} ({error}): pip install {package}") from error
 
 
 def log() -> logging.Logger:

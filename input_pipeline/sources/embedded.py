@@ -1,11 +1,11 @@
 """Real images that come with scikit-learn, so that everything runs without a download.
 
 The digits' split is a rule and not a file: of each class the 36 images whose index has the smallest hash are held out,
-which is 360 of 1797 with every class equally often. It depends on nothing but the indices and the labels, so it never changes.
+which is 360 of 1797 with every class equally often. It depends on the indices and labels alone, so it never changes.
 
 The photographs are scikit-learn's `china.jpg` by Daniel Buechele (flickr.com/photos/danielbuechele/6061409035) and
-`flower.jpg` by vultilion (flickr.com/photos/vultilion/6056698931), both CC BY 2.0; whoever publishes a picture made from
-them names them.
+`flower.jpg` by vultilion (flickr.com/photos/vultilion/6056698931), both CC BY 2.0: whoever publishes a picture made
+from them names them.
 """
 
 import functools

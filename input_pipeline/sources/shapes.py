@@ -1,9 +1,9 @@
-"""Procedural images on which native resolution pays: the class is a shape's true aspect, which a square resize destroys.
+"""Procedural images on which native resolution pays: the class is a shape's true aspect, lost in a square resize.
 
-One bright ellipse or rectangle, round, wide or tall (1.8 to 1), on a dark noisy ground whose own aspect is anything from
-0.45 to 2.2. Images are small and the ground plain on purpose: with busy, coloured grounds a small model learns nothing
-in minutes. Row i of one random table gives image i its numbers, so sizes are known without drawing anything; the noise
-comes from a Philox generator keyed on (split, i).
+One bright ellipse or rectangle, round, wide or tall (1.8 to 1), on a dark noisy ground whose own aspect is anything
+from 0.45 to 2.2. Images are small and the ground plain on purpose: with busy, coloured grounds a small model learns
+nothing in minutes. Row i of one random table gives image i its numbers, so sizes are known without drawing anything;
+the noise comes from a Philox generator keyed on (split, i).
 """
 
 import numpy as np
@@ -54,7 +54,7 @@ class ShapesSource:
     def __getitem__(self, i: int) -> Record:
         label = int(self._labels[i])
         aspect, shape = CLASS_NAMES[label].split()
-        (height, width), (top, left, shape_h, shape_w) = self._sizes[i], self._box(i)
+        top, left, shape_h, shape_w = self._box(i)
         pixels = self._ground(i)
         y0, y1, x0, x1 = round(top), round(top + shape_h), round(left), round(left + shape_w)
         inside = pixels[y0:y1, x0:x1]
@@ -67,7 +67,7 @@ class ShapesSource:
         else:
             inside[...] = bright
         size = "large" if self._fill[i] >= 0.75 else "small"
-        middle = (left + shape_w / 2) / width
+        middle = (left + shape_w / 2) / pixels.shape[1]
         place = "on the left" if middle < 0.42 else "on the right" if middle > 0.58 else "in the middle"
         return Record(pixels, label, f"a {size} {name} {aspect} {shape} {place}")
 

@@ -17,8 +17,8 @@ from input_pipeline.errors import UserError
 from input_pipeline.size_index import cache_dir, write_cached
 from input_pipeline.sources import paths
 from input_pipeline.sources.base import TEXT_FIELDS, Record, digest, select, to_label, to_text, unsplit_part
-from input_pipeline.sources.datasets import Fields
 from input_pipeline.sources.files import IMAGE_ENDINGS
+from input_pipeline.sources.records import Fields
 
 VERSION = 1  # raise when the index changes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
@@ -61,7 +61,7 @@ class TarSource:
         short = [name.rpartition("/")[2] for name in self._shards]
         keys = (f"{short[s]}/{k.decode()}" for s, k in zip(self._index.shard, self._index.keys, strict=True))
         self._rows = select(keys, unsplit_part(split, hold_out, self._where), self._where)
-        self._fingerprint = digest("tar", VERSION, paths.fingerprint(shards), *fields, self.class_names, self._rows.sum())
+        self._fingerprint = digest("tar", paths.fingerprint(shards), *fields, *self.class_names, self._rows.sum())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -165,7 +165,7 @@ def _scan(shard: paths.File, label_field: str, names: tuple[str, ...] | None) ->
         return [
             (key, image, *_text_and_labels(file, parts, label_field, names, f"{shard.name}:{key}"))
             for key, parts in samples.items()
-            if (image := next((parts[e] for e in parts if e.endswith(ENDINGS)), None))
+            if (image := next((parts[ending] for ending in ENDINGS if ending in parts), None))
         ]
 
 

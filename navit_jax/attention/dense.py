@@ -22,7 +22,7 @@ def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.
 
 
 def _forward(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, tuple]:
-    q, k, v = (_pin(x.swapaxes(1, 2)) for x in (q_BLNH * _scale(q_BLNH), k_BLNH, v_BLNH))
+    q, k, v = (_pin(x.swapaxes(1, 2)) for x in (q_BLNH, k_BLNH, v_BLNH))
     logits_BNLM = _logits(q, k, ids_BL)
     top_BNL1 = logits_BNLM.max(-1, keepdims=True)
     weights_BNLM = jnp.exp(logits_BNLM - top_BNL1)
@@ -38,8 +38,9 @@ def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array,
     weights_BNLM = jnp.exp(_logits(q, k, ids_BL) - log_sum_BNL1)
     d_v = _dot_transposed(weights_BNLM.astype(v.dtype), d_out)
     slope_BNL1 = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
-    d_logits = (weights_BNLM * (_dot("BNLH,BNMH->BNLM", d_out, v) - slope_BNL1)).astype(q.dtype)
-    d_q = _dot("BNLM,BNMH->BNLH", d_logits, k) * _scale(q)
+    d_logits = weights_BNLM * (_dot("BNLH,BNMH->BNLM", d_out, v) - slope_BNL1)
+    d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    d_q = _dot("BNLM,BNMH->BNLH", d_logits, k)
     d_k = _dot_transposed(d_logits, q)
     return *(x.swapaxes(1, 2).astype(q.dtype) for x in (d_q, d_k, d_v)), None
 
@@ -48,9 +49,9 @@ attend.defvjp(_forward, _backward)
 
 
 def _logits(q_BNLH: jax.Array, k_BNMH: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Padding shares the id 0, so no row of logits is masked whole."""
+    """Scaled in float32, masked by id; padding shares the id 0, so no row is masked whole."""
     same_B1LM = ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
-    return jnp.where(same_B1LM, _dot("BNLH,BNMH->BNLM", q_BNLH, k_BNMH), MASKED)
+    return jnp.where(same_B1LM, _dot("BNLH,BNMH->BNLM", q_BNLH, k_BNMH) * q_BNLH.shape[-1] ** -0.5, MASKED)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -65,7 +66,3 @@ def _dot_transposed(weights_BNLM: jax.Array, x_BNLH: jax.Array) -> jax.Array:
 def _pin(x: jax.Array) -> jax.Array:
     """Keeps the CPU compiler from folding a transpose back into the product next to it."""
     return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
-
-
-def _scale(x: jax.Array) -> float:
-    return x.shape[-1] ** -0.5

@@ -1,0 +1,109 @@
+"""Attention against a float64 oracle that loops over the segments, in outputs and in gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from input_pipeline.errors import UserError
+from navit_jax.attention import BACKENDS, attend, choose, make_groups
+
+L, N, H = 48, 2, 8
+
+
+def oracle(q, k, v, ids, d_out):
+    """Output and dq, dk, dv, in float64, one group at a time; rows and heads in loops, no masks."""
+    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
+    out, d_q, d_k, d_v = (np.zeros_like(q) for _ in range(4))
+    for b, row in enumerate(np.asarray(ids)):
+        for group in set(row[row > 0].tolist()):
+            for n in range(q.shape[2]):
+                at = (b, np.flatnonzero(row == group), n)
+                weights = np.exp(q[at] @ k[at].T / np.sqrt(q.shape[-1]))
+                weights /= weights.sum(1, keepdims=True)
+                out[at] = weights @ v[at]
+                d_v[at] = weights.T @ d_out[at]
+                d_weights = d_out[at] @ v[at].T
+                d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) / np.sqrt(q.shape[-1])
+                d_q[at], d_k[at] = d_logits @ k[at], d_logits.T @ q[at]
+    return out, d_q, d_k, d_v
+
+
+@jax.jit
+def with_gradients(q, k, v, ids, d_out):
+    out, pull = jax.vjp(lambda *qkv: attend(*qkv, make_groups(ids)), q, k, v)
+    return out, *pull(d_out)
+
+
+def rows_of(*lengths_per_row):
+    ids = np.zeros((len(lengths_per_row), L), np.int32)
+    for row, lengths in zip(ids, lengths_per_row):
+        filled = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        row[: len(filled)] = filled
+    return ids
+
+
+def inputs(rng, rows, dtype=jnp.float32):
+    return [jnp.asarray(rng.standard_normal((rows, L, N, H)), dtype) for _ in range(4)]
+
+
+def assert_matches(ids, seed=0, scale=1.0):
+    q, k, v, d_out = inputs(np.random.default_rng(seed), len(ids))
+    got = with_gradients(q * scale, k, v, ids, d_out)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, oracle(q * scale, k, v, ids, d_out)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * scale, err_msg=name)
+        assert not np.any(np.asarray(a)[ids == 0]), f"{name} of padding is not exactly 0"
+
+
+def test_edge_lengths():
+    assert_matches(rows_of([1, L - 1], [L], [], [1] * L, [L - 1], [16, 16, 16], [17, 15, 3]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 20), max_size=8), min_size=7, max_size=7), st.integers(0, 2**31))
+def test_any_lengths(lengths, seed):
+    fitting = [[n for i, n in enumerate(row) if sum(row[: i + 1]) <= L] for row in lengths]
+    assert_matches(rows_of(*fitting), seed)
+
+
+def test_groups_need_not_be_contiguous():
+    assert_matches(np.random.default_rng(1).integers(0, 4, (7, L)).astype(np.int32))
+
+
+def test_large_logits_stay_finite():
+    assert_matches(rows_of([20, 20]), scale=30.0)
+
+
+def test_garbage_in_padding_and_neighbours_is_not_seen():
+    ids = rows_of([10, 20], [L])
+    q, k, v, d_out = inputs(np.random.default_rng(0), 2)
+    others = [jnp.where(ids[..., None, None] == 1, x, 1e4 * y) for x, y in zip((q, k, v), inputs(np.random.default_rng(7), 2))]
+    for a, b in zip(with_gradients(q, k, v, ids, d_out), with_gradients(*others, ids, d_out)):
+        np.testing.assert_array_equal(np.asarray(a)[ids == 1], np.asarray(b)[ids == 1])
+
+
+def test_bfloat16_keeps_float32_logits():
+    q, k, v, d_out = inputs(np.random.default_rng(0), 3, jnp.bfloat16)
+    q = q * 4  # logits of about 10: rounded to bfloat16 they would be off by 0.03
+    ids = rows_of([30, 10], [L], [])
+    got = with_gradients(q, k, v, ids, d_out)
+    expected = oracle(q, k, v, ids, d_out)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected):
+        assert a.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
+        assert error < 8e-3, (name, error)
+
+
+def test_unknown_backend_is_refused_with_the_list():
+    assert choose("auto") == "dense"
+    with pytest.raises(UserError, match="flash.*dense"):
+        choose("flash")
+
+
+def test_groups_pass_through_jit_with_static_metadata():
+    groups = make_groups(rows_of([3]), contiguous=False)
+    back = jax.jit(lambda g: g)(groups)
+    assert back.contiguous is False and back.ids_BL.dtype == jnp.int32
+    assert set(BACKENDS) == {"dense"}
