@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 from absl import flags
-from input_pipeline.size_index import cache_dir
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline import stream
 from input_pipeline.errors import UserError
+from input_pipeline.size_index import cache_dir
 from navit_jax import checkpoint, cli, losses, metrics, navit, optim, sharding, startup, train_step, writers
 from navit_jax.evaluators import classification, fewshot
 
@@ -44,7 +44,7 @@ def main(config: ConfigDict) -> None:
             raise UserError(
                 f"--eval_only found no checkpoint in {workdir}. Give --workdir of a run, or --config.init_from=PATH."
             )
-        evaluate(run, run.state, run.start)
+        evaluate(run, run.start, writers.MetricWriter(workdir, resume_step=None))
     else:
         train(run)
 
@@ -116,57 +116,62 @@ def restore(run: SimpleNamespace, tx: object, shapes: dict) -> None:
 
 
 def train(run: SimpleNamespace) -> None:
+    """The loop: dispatch a step, then look at the one before; log, evaluate and save where they are due."""
     config, total, mesh = run.config, run.total, run.mesh
+    if run.start >= total:
+        return print(f"nothing to do: {run.workdir} is at step {run.start} of {total}; --eval_only evaluates it")
     count = config.packing.rows_per_step
     loader = run.rows.loader(total, start=run.start, snapshot=run.snapshot, local=sharding.local_rows(mesh, count))
     writer = writers.MetricWriter(run.workdir, resume_step=run.start)
     peak, peak_name = metrics.peak_flops(jax.devices()[0], run.model.compute_dtype)
-    meter = metrics.Meter(peak * jax.device_count())
-    stop = startup.StopSignal()
+    print(f"MFU is against {peak_name}", flush=True)
+    meter, stop = metrics.Meter(peak * jax.device_count()), startup.StopSignal()
     bar = tqdm(total=total, initial=run.start, unit="step", dynamic_ncols=True, mininterval=1.0)
-    tqdm.write(f"MFU is against {peak_name}")
-    pending, step, evaluated = None, run.start, -1
-
-    def settle(seen: tuple) -> None:
-        """Look at a dispatched step: a loss that is not finite stops the run before anything of it is saved."""
-        number, index, host, sums = seen
-        sums = {k: float(v) for k, v in jax.device_get(sums).items()}
-        if not np.isfinite(sums["loss"]) or not np.isfinite(sums["grad_norm"]):
-            raise UserError(non_finite(run, number, index, sums))
-        meter.add(sums, **host)
-        bar.set_postfix_str(metrics.line(meter.peek()), refresh=False)
-        bar.update()
-
+    step, pending, compiled = run.start, None, None
     for batch, info in loader:
-        host = host_numbers(run.model, batch, info)
-        run.state, sums = run.step(run.state, sharding.put(mesh, batch, count))
+        host, batch_on_device = host_numbers(run.model, batch, info), sharding.put(mesh, batch, count)
+        if compiled is None:
+            compiled = startup.compile_step(run.step, run.state, batch_on_device)
+            meter.restart()
+        run.state, sums = compiled(run.state, batch_on_device)
         if pending:
-            settle(pending)
-        pending, step = (step + 1, batch.index, host, sums), step + 1
-        due = {k: _due(step, total, config[f"{k}_every_steps"]) for k in ("log", "checkpoint", "eval")}
+            settle(run, meter, bar, *pending)
+        step += 1
+        pending = (step, batch.index, host, sums)
+        due = {k: step == total or _every(step, config[f"{k}_every_steps"]) for k in ("log", "checkpoint", "eval")}
         if not (any(due.values()) or stop.requested):
             continue
-        settle(pending)
-        pending, scores = None, {}
+        # Also at a checkpoint, so that no mean in metrics.jsonl spans one: a resumed run writes the same lines.
+        settle(run, meter, bar, *pending)
+        pending = None
         writer.write(step, meter.flush() | {"train/lr": float(run.schedule(step - 1))})
-        if due["eval"]:
-            scores = evaluate(run, run.state, step, writer)
-            evaluated = step
+        scores = evaluate(run, step, writer) if due["eval"] else {}
         if due["checkpoint"] or stop.requested:
             run.checkpoints.save(step, run.state, run.meta | dict(snapshot=info.snapshot), scores)
         meter.restart()
         if stop.requested:
             break
     bar.close()
-    if not stop.requested and evaluated < total and run.start < total:
-        raise RuntimeError("the loader ended early")
     run.checkpoints.close()
     writer.close()
-    startup.finish(run.workdir, step, total, run.start)
+    writers.plot_loss(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
+    startup.finish(run.workdir, step, total)
 
 
-def _due(step: int, total: int, every: int) -> bool:
-    return step == total or bool(every) and step % every == 0
+def settle(
+    run: SimpleNamespace, meter: metrics.Meter, bar: tqdm, step: int, index: np.ndarray, host: dict, sums: dict
+) -> None:
+    """Look at a dispatched step: numbers that are not finite stop the run before anything of it is saved."""
+    sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+    if not np.isfinite([sums["loss"], sums["grad_norm"]]).all():
+        raise UserError(non_finite(run, step, index, sums))
+    meter.add(sums, **host)
+    bar.set_postfix_str(metrics.line(meter.peek()), refresh=False)
+    bar.update()
+
+
+def _every(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def host_numbers(model: navit.NaViTConfig, batch: object, info: object) -> dict:
@@ -177,13 +182,13 @@ def host_numbers(model: navit.NaViTConfig, batch: object, info: object) -> dict:
     return dict(slots=ids.size, flops=flops, skipped=len(info.bad))
 
 
-def evaluate(run: SimpleNamespace, state: dict, step: int, writer: object = None) -> dict:
+def evaluate(run: SimpleNamespace, step: int, writer: writers.MetricWriter) -> dict:
     """Accuracy at every token budget, and the few-shot probe where it is asked for."""
-    params = state.get("ema", state["params"])
+    params = run.state.get("ema", run.state["params"])
     scores = classification.at_budgets(run.forward, params, run.config, run.eval_images, run.mesh, run.workdir)
     if run.config.eval.fewshot_shots:
         scores |= fewshot.run(run.forward, params, run.config, run.train_images, run.eval_images, run.mesh)
-    (writer or writers.MetricWriter(run.workdir, resume_step=step)).write(step, scores)
+    writer.write(step, scores)
     tqdm.write(f"step {step}: " + "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items()))
     return scores
 

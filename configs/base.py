@@ -156,7 +156,7 @@ def demo(c: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
     patch = int(c.model.variant.split("/")[1])
     c.resolution.update(min_side=2 * patch, max_side=4 * patch)
     c.packing.update(row_length=64, rows_per_step=4)
-    c.optim.update(lr=lr, schedule="constant", warmup_steps=steps // 20, cooldown_steps=steps // 3)
+    c.optim.update(lr=lr, schedule="cosine", warmup_steps=10)
     c.update(total_steps=steps, log_every_steps=5, checkpoint_every_steps=0)
     c.eval.update(token_budgets=(9, 16), rows_per_step=8)
     return c

@@ -22,22 +22,24 @@ def accuracy_over_tokens(rows: Sequence[dict], score: str, path: Path) -> None:
         axes.annotate(
             f"{100 * b:.1f} %\n≤ {row['budget']} tokens",
             (a, b),
-            xytext=(0, 10),
+            xytext=(5, -6),  # the curve rises, so the room is below it
             textcoords="offset points",
-            ha="center",
+            va="top",
             fontsize=8,
             color=INK,
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(x)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:.3g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("mean tokens an image (log scale)", color=INK)
     axes.set_ylabel(SCORES[score], color=INK)
     images = rows[0].get("images")
     axes.set_title(f"One model, every token budget{f' · {images:,} images' if images else ''}", color=INK, fontsize=11)
-    axes.margins(x=0.14, y=0.25)
+    axes.margins(x=0.16, y=0.25)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low), min(1.0 + 0.03 * (1 - low), high))
     axes.grid(axis="y", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,23 @@ def config_path() -> str:
     return given.split(":")[0]
 
 
-def finish(workdir: Path, step: int, total: int, start: int) -> None:
+def compile_step(step: Any, state: dict, batch: Any) -> Any:
+    """The training step compiled ahead of its first call, saying how long it took."""
+    start = time.perf_counter()
+    print("compiling the step ...", end=" ", flush=True)
+    compiled = step.lower(state, batch).compile()
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    return compiled
+
+
+def finish(workdir: Path, step: int, total: int) -> None:
     """The last lines: where everything lies."""
-    if start >= total:
-        print(f"nothing to do: {workdir} is at step {start} of {total}. --eval_only evaluates it.")
-    elif step < total:
-        print(
-            f"stopped at step {step} of {total} with a checkpoint; the command above with --workdir={workdir} goes on"
-        )
+    if step < total:
+        print(f"stopped at step {step} of {total} with a checkpoint; the same command with --workdir={workdir} goes on")
     else:
-        print(f"done: metrics.jsonl, loss.png, accuracy_over_tokens.png and checkpoints are in {workdir}")
+        print(
+            f"done: metrics.jsonl, loss.png, accuracy_over_tokens.png, tensorboard/ and checkpoints/ are in {workdir}"
+        )
 
 
 class StopSignal:

@@ -79,7 +79,9 @@ def test_large_logits_stay_finite():
 def test_garbage_in_padding_and_neighbours_is_not_seen():
     ids = rows_of([10, 20], [L])
     q, k, v, d_out = inputs(np.random.default_rng(0), 2)
-    others = [jnp.where(ids[..., None, None] == 1, x, 1e4 * y) for x, y in zip((q, k, v), inputs(np.random.default_rng(7), 2))]
+    others = [
+        jnp.where(ids[..., None, None] == 1, x, 1e4 * y) for x, y in zip((q, k, v), inputs(np.random.default_rng(7), 2))
+    ]
     for a, b in zip(with_gradients(q, k, v, ids, d_out), with_gradients(*others, ids, d_out)):
         np.testing.assert_array_equal(np.asarray(a)[ids == 1], np.asarray(b)[ids == 1])
 

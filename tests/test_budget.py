@@ -16,7 +16,9 @@ BETA_ORACLE = {  # d_max: {d_mean: percent of rates below 0.1}
 }
 
 
-@pytest.mark.parametrize(("top", "mean", "percent"), [(t, m, p) for t, row in BETA_ORACLE.items() for m, p in row.items()])
+@pytest.mark.parametrize(
+    ("top", "mean", "percent"), [(t, m, p) for t, row in BETA_ORACLE.items() for m, p in row.items()]
+)
 def test_beta_rates_match_the_paper(top, mean, percent):
     cfg = base.drop()
     cfg.update(kind="beta", mean_rate=mean, max_rate=top)
@@ -36,7 +38,9 @@ def _largest_grid(h, w, tokens, patch):
     return 1, 1
 
 
-@given(h=st.integers(1, 3000), w=st.integers(1, 3000), tokens=st.integers(1, 300), patch=st.sampled_from([8, 14, 16, 32]))
+@given(
+    h=st.integers(1, 3000), w=st.integers(1, 3000), tokens=st.integers(1, 300), patch=st.sampled_from([8, 14, 16, 32])
+)
 @settings(deadline=None, max_examples=150)
 def test_target_grid_is_the_largest_that_fits(h, w, tokens, patch):
     rows, columns = budget.target_grid(np.array([[h, w]]), np.array([tokens]), patch)[0]

@@ -143,7 +143,7 @@ def test_keeps_the_last_and_the_best(tmp_path, best_metric, kept):
     assert restore_params(tmp_path / "5")[0]["w"][0] == 5
 
 
-def test_parameters_alone_are_the_average_where_there_is_one(tmp_path):
+def test_parameters_alone_are_the_average_where_there_is_one(tmp_path, monkeypatch):
     for ema, factor in ((True, 0.5), (False, 1.0)):
         run = tmp_path / str(ema)
         ours = Checkpoints(run / "checkpoints", 1, "")
@@ -154,7 +154,7 @@ def test_parameters_alone_are_the_average_where_there_is_one(tmp_path):
             assert_same(jax.tree.map(lambda p, f=factor: p * f, make_params(1)), params)
             assert meta == {"config": {"a": 1}}
             assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
-        os.chdir(run)
+        monkeypatch.chdir(run)
         assert find_checkpoint("checkpoints").name == "3"
     with pytest.raises(UserError, match="No checkpoint in .*nothing"):
         restore_params(tmp_path / "nothing")

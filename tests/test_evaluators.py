@@ -1,4 +1,4 @@
-"""Promises of the evaluators: every image once, scores that equal other people's formulas, one compile, honest failures."""
+"""Promises of the evaluators: every image once, scores equal to other formulas, one compile, honest failures."""
 
 import csv
 from types import SimpleNamespace
@@ -260,7 +260,7 @@ def test_probe_reads_features_and_nothing_else():
     rng = np.random.default_rng(2)
     labels = [i % 3 for i in range(60)]
     means = rng.normal(size=(3, 8))
-    good = means[np.array(labels)] + 0.1 * rng.normal(size=(60, 8))
+    good = means[np.array(labels)] + 0.02 * rng.normal(size=(60, 8))
     train, held_out = open_images(Labelled(labels, 3, broken=(4,))), open_images(Labelled(labels, 3, seed=9))
     config, mesh = make_config(), sharding.make_mesh(jax.device_count())
     config.eval.update(fewshot_shots=(5, 1), fewshot_ridge=1.0, rows_per_step=jax.device_count())

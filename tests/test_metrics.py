@@ -56,7 +56,7 @@ class Device:
 def test_known_devices(kind, tera):
     flops, text = peak_flops(Device(kind), jnp.bfloat16)
     assert flops == tera * 1e12
-    assert "stated" not in text and "bfloat16" in text and kind in text
+    assert "measured" not in text and "bfloat16" in text and kind in text
 
 
 @pytest.mark.parametrize(

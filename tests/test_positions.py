@@ -11,7 +11,12 @@ from navit_jax import positions
 from helpers import random_packed
 
 M, D = 12, 16
-FACTORISED = [(k, c, o) for k in ("learned", "sinusoidal") for c in ("absolute", "fractional") for o in ("sum", "product", "concat")]
+FACTORISED = [
+    (k, c, o)
+    for k in ("learned", "sinusoidal")
+    for c in ("absolute", "fractional")
+    for o in ("sum", "product", "concat")
+]
 
 
 def batch(max_side=M, seed=0):
@@ -97,7 +102,9 @@ def test_beyond_the_table_is_stretched_onto_it():
         np.testing.assert_allclose(model(jnp.array([[[0, y, 4]]]), tall)[0, 0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 16), (7, 5), (16, 16), (13, 40), (64, 64), (65, 3), (130, 97), (2, 300)])
+@pytest.mark.parametrize(
+    "rows, columns", [(1, 1), (1, 16), (7, 5), (16, 16), (13, 40), (64, 64), (65, 3), (130, 97), (2, 300)]
+)
 def test_table_equals_jax_image_resize(rows, columns):
     model = embedding("table")
     resized = jax.image.resize(model.table[...], (rows, columns, D), "bilinear", antialias=True)

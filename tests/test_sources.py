@@ -251,7 +251,7 @@ def test_the_digits_split_never_changes():
     assert len(train) == 1437 and len(held) == 360
     assert sorted([*train, *held]) == list(range(1797))
     name = hashlib.sha256(",".join(map(str, held)).encode()).hexdigest()
-    assert name == "PINNED"
+    assert name == "b8b19bd28b08a2c3032507b9a445d9d456703eb4c34d021f7817abb213378353"
     source = open_source("digits", "validation")
     assert np.bincount([source[i].label for i in range(360)]).tolist() == [36] * 10
 
@@ -278,7 +278,7 @@ def test_shapes_have_the_aspect_that_their_class_says():
     sizes = source.known_sizes()
     side, aspect = np.sqrt(sizes.prod(axis=1)), sizes[:, 1] / sizes[:, 0]
     assert 95 < side.min() < 98 and 318 < side.max() < 321
-    assert np.exp(-0.81) < aspect.min() < 0.47 and 2.2 > aspect.max() > 2.1 or abs(np.log(aspect)).max() < 0.81
+    assert 0.79 < abs(np.log(aspect)).max() < 0.81
     labels = [source[i].label for i in range(120)]
     assert set(labels) == set(range(6))
     for i in range(120):
@@ -318,13 +318,14 @@ def test_photos_are_crops_of_very_different_aspects():
 # --- folders
 
 
-def test_class_numbers_are_sorted_names_and_only_images_count(tmp_path):
+def test_class_numbers_are_sorted_names_and_only_images_count(tmp_path, caplog):
     write(tmp_path, ["train/b é/1.JPG", "train/a/x/2.png", "train/.hidden/3.png", "train/a/.4.png", "val/a/5.png"])
     write(tmp_path, ["val/b é/6.webp", "train/a/notes.txt", "loose.png", "train/lost.png"])
     source = open_source(f"folder={tmp_path}", "train")
     assert source.class_names == ("a", "b é")
     names = sorted(os.path.relpath(source.describe(i), tmp_path) for i in range(len(source)))
     assert names == ["train/a/x/2.png", "train/b é/1.JPG"]
+    assert "2 images are in no class folder" in caplog.text
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -401,7 +402,7 @@ def test_an_image_that_vanished_is_an_error_of_that_image_alone(tmp_path):
         (["1.png", "2.png"], "found 2 images directly in it"),
         (["train/a/1.png", "val/b/1.png"], "differ: only in train/: a; only in val/: b"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "train/ has 2 .* val/ has 1, .*only in train/: b"),
-        (["a/1.png"], "no image is left in the part that is held out"),
+        (["a/4.png"], "no image is left in the part that is held out"),
     ],
 )
 def test_mistakes_in_folders(names, message, tmp_path):
@@ -587,7 +588,7 @@ def test_mistakes_in_array_records(tmp_path):
     spec = make("array_record", tmp_path)
     with pytest.raises(UserError, match="no field 'picture', only caption, image, label: set data.image_field"):
         open_source(spec, "train", image_field="picture")
-    with pytest.raises(UserError, match='no field \'tag\', only .*set data.label_field \\("": no labels\\)'):
+    with pytest.raises(UserError, match="no field 'tag', only .*set data.label_field \\(\"\": no labels\\)"):
         open_source(spec, "train", label_field="tag")
     (tmp_path / "bad").write_bytes(b"hello" * 100)
     with pytest.raises(UserError, match="not readable as ArrayRecord"):
@@ -625,7 +626,7 @@ def test_slices_of_tfds(kind, tmp_path):
 def test_tfds_by_name_and_version(tmp_path, monkeypatch):
     write_tfds(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    for name in ("tiny", "tiny:1.0.0", "tiny/1.0.0".replace("/", ":")):
+    for name in ("tiny", "tiny:1.0.0", str(tmp_path / "tiny/1.0.0")):
         assert len(open_source(f"tfds={name}", "train")) == 20
 
 
@@ -673,7 +674,9 @@ def test_hugging_face_reads_what_load_dataset_understands(tmp_path, monkeypatch)
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    write(tmp_path / "data", [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in (1, 2)])
+    write(
+        tmp_path / "data", [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in (1, 2)]
+    )
     source = open_source(f"hf={tmp_path}/data", "validation")
     assert source.class_names == ("a", "b") and len(source) == 4
     assert source[3].data == (tmp_path / "data/test/b/2.png").read_bytes() and source[3].label == 1

@@ -68,7 +68,7 @@ def test_a_run_leaves_what_a_person_looks_at(whole):
     assert {"eval/top1@9", "eval/top5@9", "eval/ece@16", "eval/top1@16"} <= set(last)
     for name in ("accuracy_over_tokens.csv", "accuracy_over_tokens.png", "loss.png", "config.json"):
         assert (workdir / name).stat().st_size > 0
-    assert list(workdir.glob("events.out.tfevents*"))
+    assert list(workdir.glob("tensorboard/events.out.tfevents*"))
 
 
 def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):

@@ -38,9 +38,7 @@ def make(**options):
     params = navit.init_params(cfg, 0)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
     mesh = sharding.make_mesh(B)
-    state = jax.device_put(
-        train_step.init_state(params, tx, bool(options.get("ema_decay"))), sharding.replicated(mesh)
-    )
+    state = jax.device_put(train_step.init_state(params, tx, bool(options.get("ema_decay"))), sharding.replicated(mesh))
     return graph, state, train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, **options)
 
 
@@ -114,6 +112,8 @@ def test_four_devices_give_the_losses_of_one():
     for devices in (1, 4):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         root = Path(__file__).parent.parent
-        out = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True
+        )
         outs.append(eval(out.stdout))
     assert np.allclose(*outs, rtol=1e-5)

@@ -32,6 +32,9 @@ class FolderSource:
         where = f"data.source=folder={root}"
         images = _list_images(self.root, where)
         splits = split_folders([file.name for file in images])
+        used = sum(len(_within(images, f"{name}/")) for name in splits) if splits else len(_within(images, ""))
+        if used < len(images):
+            log().warning("%s: %d images are in no class folder and are left out", where, len(images) - used)
         prefix = ""
         if splits:
             chosen, part = choose_split(splits, split, hold_out, where)
@@ -39,7 +42,7 @@ class FolderSource:
             prefix = chosen + "/"
         else:
             part = unsplit_part(split, hold_out, where)
-        images = [file for file in images if file.name.startswith(prefix)]
+        images = _within(images, prefix)
         self.class_names = tuple(sorted({_class(file.name, prefix) for file in images}))
         rows = select((file.name[len(prefix) :] for file in images), part, where)
         images = [images[row] for row in rows]
@@ -69,10 +72,14 @@ class FolderSource:
 
 
 def split_folders(names: list[str]) -> list[str]:
-    """The top folders that are splits: named like one and holding folders alone, so a class may be called train."""
-    direct = {name.split("/")[0] for name in names if name.count("/") == 1}
+    """The top folders that are splits: named like one and with images in folders, so a class may be called train."""
     nested = {name.split("/")[0] for name in names if name.count("/") >= 2}
-    return [split for split in SPLITS if split in nested and split not in direct]
+    return [split for split in SPLITS if split in nested]
+
+
+def _within(images: list[paths.File], prefix: str) -> list[paths.File]:
+    """The images in a class folder below the prefix."""
+    return [file for file in images if file.name.startswith(prefix) and "/" in file.name[len(prefix) :]]
 
 
 def _class(name: str, prefix: str) -> str:
@@ -80,19 +87,16 @@ def _class(name: str, prefix: str) -> str:
 
 
 def _list_images(root: str, where: str) -> list[paths.File]:
-    """The images below the root that are in some folder. Raises UserError where there are none."""
+    """The images below the root. Raises UserError where none is in a folder."""
     try:
         files = paths.list_tree(root)
     except UserError as error:
         raise UserError(f"{where}: {error}; {LAYOUT}") from error
     images = [file for file in files if file.name.lower().endswith(IMAGE_ENDINGS)]
-    inside = [file for file in images if "/" in file.name]
-    if not inside:
+    if not _within(images, ""):
         found = f"{len(images)} images directly in it" if images else f"{len(files)} files, none of them an image"
         raise UserError(f"{where}: found {found if files else 'it empty'}; {LAYOUT}")
-    if len(inside) < len(images):
-        log().warning("%s: %d images are in no class folder and are left out", where, len(images) - len(inside))
-    return inside
+    return images
 
 
 def _check_classes(images: list[paths.File], splits: list[str], chosen: str, where: str) -> None:
@@ -101,8 +105,7 @@ def _check_classes(images: list[paths.File], splits: list[str], chosen: str, whe
     if "train" not in splits or other in (None, "train"):
         return
     train, held = (
-        {_class(file.name, f"{split}/") for file in images if file.name.startswith(f"{split}/")}
-        for split in ("train", other)
+        {_class(file.name, f"{split}/") for file in _within(images, f"{split}/")} for split in ("train", other)
     )
     if train == held:
         return

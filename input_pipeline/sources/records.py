@@ -133,9 +133,9 @@ def parse_example(data: bytes, where: str) -> dict[str, Any]:
     """
     from google.protobuf.message import DecodeError as ProtoError
 
-    proto = require("tensorflow_datasets.proto.tf_example_pb2", "tensorflow-datasets", where)
+    proto = require("tensorflow_datasets.proto", "tensorflow-datasets", where)
     try:
-        fields = proto.Example.FromString(data).features.feature
+        fields = proto.tf_example_pb2.Example.FromString(data).features.feature
     except ProtoError as error:
         raise UserError(f"{where}: its records are no tf.train.Example protos: {error}") from error
     found = {}
