@@ -100,7 +100,7 @@ class NaViT(nnx.Module):
         if cfg.num_classes:
             ins, outs, zeros = (cfg.width,), (cfg.num_classes,), jax.nn.initializers.zeros
             self.head = transformer.Dense(ins, outs, bias=True, dtype=jnp.float32, rngs=rngs, init=zeros)
-            self.head.bias[...] = jnp.full(outs, cfg.head_bias)
+            self.head.bias[...] = jnp.full(outs, cfg.head_bias, jnp.float32)  # a weak type would compile the step twice
 
     def tokens(self, images: Packed, *, key: jax.Array | None = None) -> jax.Array:
         """Encoded tokens after the last norm, [B, L, D] in the compute dtype; those of padding mean nothing.

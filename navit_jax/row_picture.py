@@ -41,7 +41,8 @@ def summary(rows: list[Shown], slots: int) -> str:
     length = len(rows[0].segment_ids)
     fill = np.mean([(row.segment_ids > 0).mean() for row in rows])
     images = np.mean([len(row.pictures) for row in rows])
-    return f"L = {length} tokens a row, K = {slots} slots, {100 * fill:.1f} % filled, {images:.1f} images a row"
+    room = f"L = {length} tokens a row, K = {slots} slot{'s' * (slots != 1)}"
+    return f"{room}, {100 * fill:.1f} % filled, {images:.1f} images a row"
 
 
 def draw(rows: list[Shown], slots: int, title: str) -> Figure:
@@ -71,7 +72,8 @@ def _row(axes: Axes, row: Shown, number: int, slots: int, y: float) -> float:
     filled = int((row.segment_ids > 0).sum())
     share = f"{filled} of {len(row.segment_ids)} tokens ({100 * filled / len(row.segment_ids):.1f} %)"
     axes.plot([MARGIN, WIDTH - MARGIN], [y, y], color="#e4e7eb", linewidth=1)
-    text = f"row {number}", f"{len(row.pictures)} images in {slots} slots, {share}"
+    images = len(row.pictures)
+    text = f"row {number}", f"{images} image{'s' * (images != 1)} in {slots} slot{'s' * (slots != 1)}, {share}"
     axes.text(MARGIN, y + 20, text[0], fontsize=11, weight="bold", color=INK, va="center")
     axes.text(MARGIN + 56, y + 20, text[1], fontsize=9.5, color=MUTED, va="center")
     bottom = max(_pictures(axes, row.pictures, y + 40), _attention(axes, row.segment_ids, y + 40))
@@ -100,7 +102,7 @@ def _caption(slot: int, picture: Picture) -> tuple[str, str]:
     (rows, columns), kept = picture.kept.shape, int(picture.kept.sum())
     name = picture.name if len(picture.name) <= 16 else f"{picture.name[:15]}…"
     tokens = f"{kept}" if kept == rows * columns else f"{kept} of {rows * columns}"
-    return f"{slot + 1}  {name}", f"{rows}x{columns}: {tokens}"
+    return f"#{slot + 1} {name}", f"{rows}x{columns}: {tokens}"
 
 
 def _picture(axes: Axes, picture: Picture, left: float, base: float, cell: int, colour: str) -> None:

@@ -64,7 +64,7 @@ def make_train_step(
         new = dict(params=params, opt=opt, step=state["step"] + 1)
         if ema_decay:
             new["ema"] = optim.ema_update(state["ema"], params, ema_decay)
-        return new, metrics | dict(grad_norm=optax.global_norm(grads))
+        return new, metrics | dict(grad_norm=optax.tree.norm(grads))
 
     whole = sharding.replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, sharding.rows(mesh)), out_shardings=(whole, whole))

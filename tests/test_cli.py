@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from configs import quickstart
+
 ROOT = Path(__file__).parent.parent
-CONFIG = "--config=configs/quickstart.py"
+CONFIG, DEFAULT = "--config=configs/quickstart.py", quickstart.get_config()
 PROGRAM = '''
 """A program for this test."""
 from absl import flags
@@ -63,10 +65,10 @@ def assert_one_message(done, *parts):
         (["--config=configs/quickstar.py"], ["Did you mean configs/quickstart.py?"]),
         (["--config=README.md"], ["no Python file", "configs/navit_b16.py"]),
         ([], ["--config=FILE", "configs/navit_b16.py"]),
-        ([CONFIG, "--config.total_steps=abc"], ["total_steps=abc", "whole number", "1200"]),
-        ([CONFIG, "--config.optim.lr=fast"], ["optim.lr=fast", "a number", "0.002"]),
+        ([CONFIG, "--config.total_steps=abc"], ["total_steps=abc", "whole number", str(DEFAULT.total_steps)]),
+        ([CONFIG, "--config.optim.lr=fast"], ["optim.lr=fast", "a number", str(DEFAULT.optim.lr)]),
         ([CONFIG, "--config.augment.flip=maybe"], ["true or false"]),
-        ([CONFIG, "--config.eval.token_budgets=a,b"], ["eval.token_budgets", "'a,b'", "(9, 16)"]),
+        ([CONFIG, "--config.eval.token_budgets=a,b"], ["eval.token_budgets", "'a,b'", str(DEFAULT.eval.token_budgets)]),
         ([CONFIG, "--config.optim.weight_decay=0.1"], ["optim.weight_decay", "kernel"]),
         ([CONFIG, "--config.optim=1"], ["--config.optim=1", "one of its fields"]),
         (["--config.seed=1", CONFIG], ["Put --config=FILE before"]),

@@ -439,6 +439,13 @@ def test_a_remote_folder(memory):
     assert content(train) | content(held) == {picture(i) for i in range(60)}
     assert train.head(0, 20) == train[0].data[:20]
     assert train.fingerprint() == open_source("folder=memory://data", "train").fingerprint()
+    memory.rm(train.describe(0).removeprefix("memory:/"))
+    with pytest.raises(OSError):
+        train[0]
+    memory.cat_file = lambda *a, **k: 1 / 0  # a driver's own kind of error
+    with pytest.raises(OSError, match="memory://data/.*division"):
+        train[1]
+    del memory.cat_file
     for spec in ("folder=memory://nowhere", "tar=memory://nowhere/*.tar"):
         with pytest.raises(UserError, match="does not exist|matches no file"):
             open_source(spec, "train")

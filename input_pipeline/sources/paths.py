@@ -51,7 +51,12 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
     """Bytes of a file from `start`: `length` of them, or fewer where the file ends; None: all. Raises OSError."""
     if is_remote(path):
         fs, inside = filesystem(path)
-        return fs.cat_file(inside, start=start, end=None if length is None else start + length)
+        try:
+            return fs.cat_file(inside, start=start, end=None if length is None else start + length)
+        except OSError:
+            raise
+        except Exception as error:  # each driver has kinds of its own for a failed request
+            raise OSError(f"{path}: {error}") from error
     with open(path, "rb", buffering=0) as file:
         if length is None:
             file.seek(start)
