@@ -120,12 +120,12 @@ def train(run: SimpleNamespace) -> None:
     config, total, mesh = run.config, run.total, run.mesh
     if run.start >= total:
         return print(f"nothing to do: {run.workdir} is at step {run.start} of {total}; --eval_only evaluates it")
-    count = config.packing.rows_per_step
+    stop, count = startup.StopSignal(), config.packing.rows_per_step
     loader = run.rows.loader(total, start=run.start, snapshot=run.snapshot, local=sharding.local_rows(mesh, count))
     writer = writers.MetricWriter(run.workdir, resume_step=run.start)
     peak, peak_name = metrics.peak_flops(jax.devices()[0], run.model.compute_dtype)
     print(f"MFU is against {peak_name}", flush=True)
-    meter, stop = metrics.Meter(peak * jax.device_count()), startup.StopSignal()
+    meter = metrics.Meter(peak * jax.device_count())
     bar = tqdm(total=total, initial=run.start, unit="step", dynamic_ncols=True, mininterval=1.0)
     step, pending, compiled = run.start, None, None
     for batch, info in loader:
@@ -152,6 +152,7 @@ def train(run: SimpleNamespace) -> None:
         if stop.requested:
             break
     bar.close()
+    stop.release()
     run.checkpoints.close()
     writer.close()
     writers.plot_loss(run.workdir / "metrics.jsonl", run.workdir / "loss.png")

@@ -6,6 +6,7 @@ so `jax.jit`, checkpoints and rules over parameter paths need to know nothing of
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,12 @@ def abstract(cfg: NaViTConfig) -> tuple[nnx.GraphDef, dict]:
 
 def init_params(cfg: NaViTConfig, seed: int) -> dict:
     """Fresh parameters as a plain nested dict, made in one compiled call."""
-    return jax.jit(lambda key: split(NaViT(cfg, rngs=nnx.Rngs(key)))[1])(jax.random.key(seed))
+    return _init(cfg, jax.random.key(seed))
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(cfg: NaViTConfig, key: jax.Array) -> dict:
+    return split(NaViT(cfg, rngs=nnx.Rngs(key)))[1]
 
 
 def count_params(params: dict) -> int:

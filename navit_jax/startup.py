@@ -102,8 +102,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self._request)
+        self._before = {kind: signal.signal(kind, self._request) for kind in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Signals do again what they did before."""
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
 
     def _request(self, kind: int, frame: object) -> None:
         self.requested = True

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import random_packed
 
 from input_pipeline.errors import UserError
 from navit_jax import positions
-from helpers import random_packed
 
 M, D = 12, 16
 FACTORISED = [

@@ -36,6 +36,15 @@ def tiny(**fields):
     return config
 
 
+def changed(old, new, prefix=""):
+    """The fields of a config that differ from another's, by their dotted names."""
+    for name, value in new.items():
+        if hasattr(value, "items"):
+            yield from changed(old[name], value, f"{prefix}{name}.")
+        elif value != old[name]:
+            yield prefix + name, value
+
+
 def run(config, workdir, eval_only=False):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["train.py", "--config", str(ROOT / "configs/quickstart.py")])
@@ -87,19 +96,10 @@ def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_same_command_goes_on(whole, tmp_path, kills):
     config = tiny()
-    overrides = [
-        f"--config.{k}={json.loads(json.dumps(v))}"
-        for k, v in {
-            "model.width": 32, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 64,
-            "packing.row_length": 32, "packing.rows_per_step": 2,
-            "optim.lr": 1e-3, "optim.warmup_steps": 2, "optim.cooldown_steps": 0,
-            "total_steps": 12, "log_every_steps": 1, "checkpoint_every_steps": 4,
-            "eval.token_budgets": "(9,16)", "eval.max_examples": 40, "eval.rows_per_step": 2,
-        }.items()
-    ]  # fmt: skip
+    overrides = [f"--config.{name}={value}" for name, value in changed(quickstart.get_config(), config)]
     command = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), *overrides]
     rng = random.Random(kills)
-    out = open(tmp_path / "out", "w")
+    out = open(tmp_path / "out", "w")  # noqa: SIM115
     for _ in range(kills):
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"JAX_PLATFORMS": "cpu"})
         # wait for the loop, then for a random moment of it (a save among them)
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoin
 def test_fine_tuning_from_a_run(whole, tmp_path, capsys):
     records = run(tiny(init_from=str(whole[0]), total_steps=2), tmp_path)
     assert losses(records)[1] < losses(whole[1])[1]
-    run(tiny(init_from=str(whole[0]), data__source="shapes", total_steps=1, eval__max_examples=8), tmp_path / "head")
+    run(tiny(init_from=str(whole[0]), data__source="shapes", total_steps=2, eval__max_examples=8), tmp_path / "head")
     assert "head" in capsys.readouterr().out
     with pytest.raises(UserError, match="blocks/.*kernel"):
         run(tiny(init_from=str(whole[0]), model__mlp_dim=96), tmp_path / "other")
