@@ -36,9 +36,10 @@ log = logging.getLogger(__name__)
 
 def main(config: ConfigDict) -> None:
     workdir = Path(WORKDIR.value or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    startup.prepare(workdir, config, new=not WORKDIR.value)
+    startup.prepare(workdir, new=not WORKDIR.value)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
     run = build(config, workdir)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
     if EVAL_ONLY.value:
         if not run.start and not config.init_from:
             raise UserError(

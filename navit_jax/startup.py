@@ -19,12 +19,13 @@ from navit_jax import navit
 EMBEDDED = ("digits", "shapes", "photos")
 
 
-def prepare(workdir: Path, config: ConfigDict, new: bool) -> None:
-    """Make the run's folder, keep its config there and say how to resume it; UserError if it is unwritable."""
+def prepare(workdir: Path, new: bool) -> None:
+    """Make the run's folder and say how to resume it. Raises UserError if it cannot be written."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink()
     except OSError as error:
         raise UserError(
             f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."

@@ -44,7 +44,7 @@ def model_config(**fields):
     ],
 )
 def test_variants_have_the_known_sizes(name, encoder, total):
-    """Millions: the bias-free encoder is (4 D + 2 F) D a layer; the rest is embedding, positions and a pooling block."""
+    """Millions: the bias-free encoder is (4 D + 2 F) D a layer; then embedding, positions, pooling."""
     cfg = navit.from_config(model_config(variant=name), channels=3, num_classes=0)
     shapes = navit.abstract(cfg)[1]
     assert navit.count_params(shapes["blocks"]) / 1e6 == pytest.approx(encoder, abs=0.1)
