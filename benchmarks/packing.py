@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     rows = []
-    print(
-        "| padding, % | next-fit | Grain first-fit, 16 bins | ours, best-fit | ours, dropped tokens restored | us an image |"
-    )
+    print("| padding, % | next-fit | Grain, 16 bins | ours | ours, dropped tokens restored | us an image |")
     print("|---|---|---|---|---|---|")
     for name, (kind, length) in PLANS.items():
         draw = sampler(kind)
