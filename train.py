@@ -18,11 +18,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from input_pipeline import stream
+from input_pipeline import shots, stream
 from input_pipeline.errors import UserError
 from input_pipeline.size_index import cache_dir
 from navit_jax import checkpoint, cli, losses, metrics, navit, optim, sharding, startup, train_step, writers
-from navit_jax.evaluators import classification, fewshot
+from navit_jax.evaluators import classification, fewshot, outputs
 
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; one that exists is resumed. Default: runs/<config>-<time>."
@@ -186,10 +186,34 @@ def host_numbers(model: navit.NaViTConfig, batch: object, info: object) -> dict:
 
 def evaluate(run: SimpleNamespace, step: int, writer: writers.MetricWriter) -> dict:
     """Accuracy at every token budget, and the few-shot probe where it is asked for."""
-    params = run.state.get("ema", run.state["params"])
-    scores = classification.at_budgets(run.forward, params, run.config, run.eval_images, run.mesh, run.workdir)
-    if run.config.eval.fewshot_shots:
-        scores |= fewshot.run(run.forward, params, run.config, run.train_images, run.eval_images, run.mesh)
+    config, train_images, images = run.config, run.train_images, run.eval_images
+    params, classes = run.state.get("ema", run.state["params"]), len(images.source.class_names)
+    put = outputs.putter(run.mesh, stream.eval_rows(config))
+    budgets = sorted(set(config.eval.token_budgets))
+    loaders = stream.eval_loaders(config, [(images, budget, None) for budget in budgets])
+    scores = classification.at_budgets(
+        run.forward,
+        params,
+        dict(zip(budgets, loaders, strict=True)),
+        put,
+        num_classes=classes,
+        multi_label=config.data.multi_label,
+        probabilities=config.loss.kind,
+        workdir=run.workdir,
+    )
+    if config.eval.fewshot_shots:
+        chosen_CS = shots.choose_shots(train_images, max(config.eval.fewshot_shots), config.seed)
+        wanted = [(train_images, budgets[-1], np.sort(chosen_CS.ravel())), (images, budgets[-1], None)]
+        scores |= fewshot.run(
+            run.forward,
+            params,
+            *stream.eval_loaders(config, wanted),
+            put,
+            chosen_CS=chosen_CS,
+            shots=config.eval.fewshot_shots,
+            num_classes=classes,
+            ridge=config.eval.fewshot_ridge,
+        )
     writer.write(step, scores)
     tqdm.write(f"step {step}: " + "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items()))
     return scores

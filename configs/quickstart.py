@@ -14,11 +14,11 @@ from configs import base
 def get_config(arg: str = "") -> ConfigDict:
     c = base.navit("quickstart", "Ti/16", arg, demo_steps=1000, demo_lr=2e-3)
     if c.data.source in ("digits", "shapes", "photos"):
-        c.model.update(posemb="fourier", posemb_coords="fractional")
-        c.loss.kind = "softmax"
+        c.resolution.max_side = 64
+        c.packing.row_length = 128
+        c.log_every_steps = 20
+        c.eval.token_budgets = (9, 16)
         c.drop.update(kind="constant", rate=0.25)
         c.augment.update(crop_min_area=0.7, crop_max_aspect=1.3)
     c.model.update(width=128, depth=4, heads=4, mlp_dim=512)
-    c.packing.update(row_length=128, rows_per_step=4)
-    c.update(log_every_steps=20)
     return c

@@ -135,12 +135,29 @@ def eval_loader(
         indices = np.arange(config.eval.max_examples) * len(images.sizes) // config.eval.max_examples
     sampler = Sampler(config, images.sizes, patch_size(config), budget, indices)
     length = max(config.packing.row_length, budget)
-    rows = config.eval.rows_per_step or config.packing.rows_per_step
+    rows = eval_rows(config)
     plan = _plan_options(config, sampler, length, slots) | dict(stop=len(sampler.indices))
     count = sum(1 for _ in packing.Planner(sampler, **plan))
     classes = len(images.source.class_names)
     builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=classes)
     return Loader(builder, plan, rows=rows, steps=-(-count // rows))
+
+
+def eval_rows(config: ConfigDict) -> int:
+    """B in evaluation."""
+    return config.eval.rows_per_step or config.packing.rows_per_step
+
+
+def eval_loaders(config: ConfigDict, wanted: Sequence[tuple[Images, int, np.ndarray | None]]) -> list[Loader]:
+    """Evaluation rows for each (images, budget, indices), all with one L and one K, so the model compiles once."""
+    config = config.copy_and_resolve_references()
+    config.packing.row_length = max(config.packing.row_length, *(budget for _, budget, _ in wanted))
+    loaders = [eval_loader(config, images, budget, indices=indices) for images, budget, indices in wanted]
+    slots = max(loader.builder.slots for loader in loaders)
+    return [
+        loader if loader.builder.slots == slots else eval_loader(config, images, budget, indices=indices, slots=slots)
+        for loader, (images, budget, indices) in zip(loaders, wanted, strict=True)
+    ]
 
 
 def total_steps(config: ConfigDict, stream: TrainStream) -> int:

@@ -110,20 +110,19 @@ def token_sides(segment_ids_BL: jax.Array, grids_BK3: jax.Array) -> jax.Array:
 def table_position(cfg: PositionConfig, yx_BL2: jax.Array, sides_BL2: jax.Array) -> jax.Array:
     """Where to read a table of M rows, float32 in [0, M - 1]: c, or (M - 1) * c / side when fractional.
 
-    Absolute with 'interpolate': a side above M is stretched onto the table, c * (M - 1) / (side - 1); with 'error' such
-    a side never gets here, the planner refuses it.
+    Absolute with 'interpolate': a side above M is squeezed onto the table, c * (M - 1) / (side - 1); with 'error' such
+    a side never gets here, the planner refuses it (a position outside of the table would read as 0).
     """
     last = cfg.posemb_max - 1
     if cfg.posemb_coords == "fractional":
-        at = yx_BL2 * (last / sides_BL2)
-    elif cfg.posemb_beyond == "interpolate":
-        at = yx_BL2 * jnp.where(sides_BL2 > cfg.posemb_max, last / jnp.maximum(sides_BL2 - 1, 1), 1.0)
-    else:
-        at = yx_BL2.astype(jnp.float32)
-    return jnp.clip(at, 0, last)
+        return yx_BL2 * (last / sides_BL2)
+    if cfg.posemb_beyond == "interpolate":
+        return yx_BL2 * jnp.where(sides_BL2 > cfg.posemb_max, last / jnp.maximum(sides_BL2 - 1, 1), 1.0)
+    return yx_BL2.astype(jnp.float32)
 
 
 def _read(table_MD: jax.Array, at_BL: jax.Array) -> jax.Array:
+    """Rows of the table, mixed linearly between integers; 0 outside, where only padding may point."""
     rows_M = jnp.arange(table_MD.shape[0])
     weights_BLM = jnp.maximum(0, 1 - jnp.abs(at_BL[..., None] - rows_M))
     return jnp.matmul(weights_BLM, table_MD, precision=EXACT)

@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import top_k_accuracy_score
 
 from configs import base
-from input_pipeline import stream
+from input_pipeline import shots, stream
 from input_pipeline.errors import UserError
 from navit_jax import sharding
 from navit_jax.evaluators import classification, fewshot, outputs
@@ -201,7 +201,18 @@ def test_budgets_share_one_compile_and_write_their_table(tmp_path):
         return logits, logits
 
     mesh = sharding.make_mesh(3) if 3 % jax.device_count() == 0 else pytest.skip("needs 1 or 3 devices")
-    got = classification.at_budgets(forward, None, config, images, mesh, tmp_path)
+    loaders = stream.eval_loaders(config, [(images, budget, None) for budget in config.eval.token_budgets])
+    assert len({loader.builder.slots for loader in loaders}) == 1
+    got = classification.at_budgets(
+        forward,
+        None,
+        dict(zip(config.eval.token_budgets, loaders)),
+        outputs.putter(mesh, stream.eval_rows(config)),
+        num_classes=3,
+        multi_label=False,
+        probabilities="softmax",
+        workdir=tmp_path,
+    )
     assert len(traces) == 1 and traces[0][1] == 100
     assert got["eval/top1@4"] == pytest.approx(14 / 40) and got["eval/top1@100"] == 1.0
     assert got["eval/tokens@4"] < got["eval/tokens@16"] < got["eval/tokens@100"] <= 100
@@ -243,17 +254,22 @@ def test_shots_are_of_their_class_and_only_the_seed_chooses_them():
     labels = np.concatenate([np.arange(4), rng.integers(-1, 4, 3000)]).tolist()
     images = open_images(Labelled(labels, 4))
     images.sizes[::7] = 0
-    a, again, b = (fewshot.choose_shots(images, 6, seed) for seed in (0, 0, 1))
+    a, again, b = (shots.choose_shots(images, 6, seed) for seed in (0, 0, 1))
     assert a.shape == (4, 6) and np.array_equal(a, again) and not np.array_equal(a, b)
     assert all(labels[i] == c for c in range(4) for i in a[c]) and len(np.unique(a)) == 24
     assert not (a % 7 == 0).any()
-    assert np.array_equal(fewshot.choose_shots(images, 2, 0), a[:, :2])
+    assert np.array_equal(shots.choose_shots(images, 2, 0), a[:, :2])
 
 
 def test_a_class_with_too_few_images_is_named():
     images = open_images(Labelled([0] * 20 + [1] * 3, 2))
     with pytest.raises(UserError, match="'class1' has 3"):
-        fewshot.choose_shots(images, 5, 0)
+        shots.choose_shots(images, 5, 0)
+
+
+def test_shots_of_multi_label_data_are_refused():
+    with pytest.raises(UserError, match="multi"):
+        shots.choose_shots(open_images(Labelled([(0, 1), (1,), ()] * 5, 2)), 1, 0)
 
 
 def test_probe_reads_features_and_nothing_else():
@@ -263,12 +279,16 @@ def test_probe_reads_features_and_nothing_else():
     good = means[np.array(labels)] + 0.02 * rng.normal(size=(60, 8))
     train, held_out = open_images(Labelled(labels, 3, broken=(4,))), open_images(Labelled(labels, 3, seed=9))
     config, mesh = make_config(), sharding.make_mesh(jax.device_count())
-    config.eval.update(fewshot_shots=(5, 1), fewshot_ridge=1.0, rows_per_step=jax.device_count())
-    got = fewshot.run(table_forward(np.zeros((60, 3)), jnp.asarray(good)), None, config, train, held_out, mesh)
+    config.eval.rows_per_step = jax.device_count()
+    chosen_CS = shots.choose_shots(train, 5, config.seed)
+    wanted = [(train, 16, np.sort(chosen_CS.ravel())), (held_out, 16, None)]
+    put = outputs.putter(mesh, stream.eval_rows(config))
+    options = dict(chosen_CS=chosen_CS, shots=(5, 1), num_classes=3, ridge=1.0)
+    forward = table_forward(np.zeros((60, 3)), jnp.asarray(good))
+    got = fewshot.run(forward, None, *stream.eval_loaders(config, wanted), put, **options)
     assert got == {"fewshot/top1@1shot": 1.0, "fewshot/top1@5shot": 1.0}
-    noise = jnp.asarray(rng.normal(size=(60, 8)))
-    got = fewshot.run(table_forward(np.zeros((60, 3)), noise), None, config, train, held_out, mesh)
+    forward = table_forward(np.zeros((60, 3)), jnp.asarray(rng.normal(size=(60, 8))))
+    got = fewshot.run(forward, None, *stream.eval_loaders(config, wanted), put, **options)
     assert got["fewshot/top1@5shot"] < 0.75
-    config.data.multi_label = True
-    with pytest.raises(UserError, match="multi"):
-        fewshot.run(table_forward(good), None, config, train, held_out, mesh)
+    with pytest.raises(ValueError, match="6 shots"):
+        fewshot.run(forward, None, (), (), put, **options | dict(shots=(1, 6)))

@@ -167,7 +167,9 @@ def test_permuting_images_permutes_outputs():
             np.testing.assert_allclose(after[b, k], before[i // 3, i % 3], atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(pool="mean", posemb="table", registers=1)], ids=["map", "mean"])
+@pytest.mark.parametrize(
+    "fields", [dict(bias=True), dict(pool="mean", posemb="table", registers=1)], ids=["map", "mean"]
+)
 def test_rows_of_padding_are_finite_and_empty_slots_exactly_zero(fields):
     graphdef, params = build(**fields)
 

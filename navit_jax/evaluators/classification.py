@@ -6,23 +6,19 @@ is not finite raises: compared with anything it would look like the best one.
 
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from scipy import special
 from sklearn.metrics import average_precision_score
 
 from input_pipeline.errors import UserError
-from input_pipeline.loader import Loader
 from input_pipeline.packed import Batch
-from input_pipeline.stream import Images
 from navit_jax import plots
-from navit_jax.evaluators.outputs import Forward, eval_rows, outputs, putter, same_shapes
+from navit_jax.evaluators.outputs import Forward, Rows, outputs
 
 
 class Predictions(NamedTuple):
@@ -49,7 +45,7 @@ class Predictions(NamedTuple):
 def predictions(
     forward: Forward,
     params: Any,
-    loader: Loader,
+    loader: Rows,
     put: Callable[[Batch], Any],
     *,
     num_classes: int,
@@ -90,7 +86,7 @@ def predictions(
 def run(
     forward: Forward,
     params: Any,
-    loader: Loader,
+    loader: Rows,
     put: Callable[[Batch], Any],
     *,
     num_classes: int,
@@ -138,24 +134,30 @@ def mean_average_precision(labels: np.ndarray, logits: np.ndarray) -> float:
 
 
 def at_budgets(
-    forward: Forward, params: Any, config: ConfigDict, images: Images, mesh: Mesh, workdir: Path
+    forward: Forward,
+    params: Any,
+    loaders: Mapping[int, Rows],
+    put: Callable[[Batch], Any],
+    *,
+    num_classes: int,
+    multi_label: bool,
+    probabilities: str,
+    workdir: Path,
 ) -> dict[str, float]:
-    """The scores of `run` at each of `config.eval.token_budgets`: `eval/top1@256`, ..., and `eval/images`.
+    """The scores of `run` at each token budget, the keys of `loaders`: `eval/top1@256`, ..., and `eval/images`.
 
-    Writes accuracy_over_tokens.csv and .png into workdir. The model compiles once for all budgets. ece is of the
-    probability that `config.loss.kind` trains. Raises as `run`; UserError for rows that do not divide over devices.
+    Writes accuracy_over_tokens.csv and .png into workdir. The model compiles once if all loaders have the same L and K.
+    Options and errors are those of `run`.
     """
-    budgets = sorted(set(config.eval.token_budgets))
-    loaders = same_shapes(config, [(images, budget, None) for budget in budgets])
-    options = dict(num_classes=len(images.source.class_names), multi_label=config.data.multi_label)
-    put, rows, scores = putter(mesh, eval_rows(config)), [], {}
-    for budget, loader in zip(budgets, loaders, strict=True):
-        found = run(forward, params, loader, put, probabilities=config.loss.kind, **options)
+    options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
+    rows, scores = [], {}
+    for budget, loader in sorted(loaders.items()):
+        found = run(forward, params, loader, put, **options)
         rows.append(dict(budget=budget) | found)
         whole = {f"eval/{name}": found.pop(name) for name in ("images", "skipped")}
         scores |= {f"eval/{name}@{budget}": value for name, value in found.items()} | whole
     if jax.process_index() == 0:
-        _write(rows, Path(workdir), "map" if config.data.multi_label else "top1")
+        _write(rows, Path(workdir), "map" if multi_label else "top1")
     return scores
 
 

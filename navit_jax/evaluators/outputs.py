@@ -3,24 +3,29 @@
 A step is dispatched before the one before it is read, so the device computes while the host scores.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from input_pipeline import stream
 from input_pipeline.errors import UserError
-from input_pipeline.loader import Loader
 from input_pipeline.packed import Batch
 from navit_jax import sharding
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]  # (params, batch) -> (logits_BKC, pooled_BKD)
 
 
-def outputs(forward: Forward, params: Any, loader: Loader, put: Callable[[Batch], Any]) -> Iterator[tuple]:
+class Rows(Protocol):
+    """Evaluation rows ready to iterate: (batch, anything), whole steps, with empty rows at the end."""
+
+    builder: Any  # its `sampler` has `indices`, the images that should come, and `sizes` of the source: 0 is unreadable
+    bad: Mapping[int, str]  # images that turned out unusable on the way, with their reasons
+
+    def __iter__(self) -> Iterator[tuple[Batch, Any]]: ...
+
+
+def outputs(forward: Forward, params: Any, loader: Rows, put: Callable[[Batch], Any]) -> Iterator[tuple]:
     """(batch, logits_BKC, pooled_BKD) of every step, the latter two still on the device.
 
     Raises RuntimeError if an image comes twice, or does not come though nothing is known to be wrong with it.
@@ -56,22 +61,3 @@ def putter(mesh: Mesh, rows: int) -> Callable[[Batch], Any]:
     if len(local) == rows:
         return lambda batch: sharding.put(mesh, batch, rows)
     return lambda batch: sharding.put(mesh, jax.tree.map(lambda x: x[local], batch), rows)
-
-
-def eval_rows(config: ConfigDict) -> int:
-    """B in evaluation."""
-    return config.eval.rows_per_step or config.packing.rows_per_step
-
-
-def same_shapes(config: ConfigDict, wanted: Sequence[tuple[stream.Images, int, np.ndarray | None]]) -> list[Loader]:
-    """Evaluation rows for each (images, budget, indices), all with one L and one K, so the model compiles once."""
-    config = config.copy_and_resolve_references()
-    config.packing.row_length = max(config.packing.row_length, *(budget for _, budget, _ in wanted))
-    loaders = [stream.eval_loader(config, images, budget, indices=indices) for images, budget, indices in wanted]
-    slots = max(loader.builder.slots for loader in loaders)
-    return [
-        loader
-        if loader.builder.slots == slots
-        else stream.eval_loader(config, images, budget, indices=indices, slots=slots)
-        for loader, (images, budget, indices) in zip(loaders, wanted, strict=True)
-    ]
