@@ -7,6 +7,8 @@ decides. A value is a number, or a tuple with one number a layer for the stacked
 
 from ml_collections import ConfigDict
 
+EMBEDDED = ("digits", "shapes", "photos")  # sources that need no download
+
 
 def data() -> ConfigDict:
     c = ConfigDict()
@@ -52,7 +54,7 @@ def resolution() -> ConfigDict:
 
 def drop() -> ConfigDict:
     c = ConfigDict()
-    c.kind = "none"  # none | constant | beta | resolution | scheduled; never in evaluation
+    c.kind = "beta"  # none | constant | beta | resolution | scheduled; never in evaluation
     c.rate = 0.5  # constant
     c.mean_rate = 0.4  # beta: d_mean, rates in [0, max_rate]
     c.max_rate = 0.9  # beta, and the longest sequence under 'resolution'
@@ -129,7 +131,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "navit"  # of the run's folder
     c.seed = 0
-    c.total_steps, c.total_epochs, c.total_examples = 0, 0.0, 0  # one of the three
+    c.total_steps, c.total_examples, c.total_epochs = 0, 0, 0.0  # the first that is not 0 decides
     c.log_every_steps = 10
     c.eval_every_steps = 0  # 0: at the end only
     c.checkpoint_every_steps = 1000  # 0: at the end only
@@ -160,6 +162,7 @@ def demo(c: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
     c.resolution.update(min_side=2 * patch, max_side=3 * patch)
     c.model.update(posemb="fourier", posemb_coords="fractional")
     c.loss.kind = "softmax"
+    c.drop.kind = "none"
     c.packing.update(row_length=64, rows_per_step=4)
     c.optim.update(lr=lr, schedule="cosine", warmup_steps=10)
     c.update(total_steps=steps, log_every_steps=5, checkpoint_every_steps=0)
@@ -169,7 +172,6 @@ def demo(c: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
 
 def imagenet(c: ConfigDict) -> ConfigDict:
     """ImageNet-1k from scratch: sides U(64, 256), resolution-dependent dropping, mixup and RandAugment. Not run."""
-    c.data.train_split, c.data.eval_split = "train[:99%]", "validation"
     c.packing.update(row_length=256, rows_per_step=256)
     c.model.posemb_beyond = "interpolate"  # for the rare very long image
     c.drop.update(kind="resolution", min_rate=0.1, max_rate=0.5)
@@ -183,13 +185,12 @@ def imagenet(c: ConfigDict) -> ConfigDict:
 
 
 def own_data(c: ConfigDict) -> ConfigDict:
-    """A folder or dataset of the user's: sides U(64, 256), a constant share of tokens dropped, flips."""
+    """A folder or dataset of the user's: sides U(64, 256), beta token dropping, flips; evaluated ten times or so."""
     c.packing.update(row_length=256, rows_per_step=64)
     c.model.posemb_beyond = "interpolate"  # for the rare very long image
-    c.drop.update(kind="constant", rate=0.25)
     c.augment.flip = True
     c.optim.update(lr=5e-4, schedule="cosine", warmup_steps=500, weight_decay=((".*kernel$", 0.1),))
-    c.update(total_epochs=30.0, log_every_steps=20, checkpoint_every_steps=500)
+    c.update(total_epochs=30.0, log_every_steps=20, checkpoint_every_steps=500, eval_every_steps=500)
     return c
 
 
@@ -198,6 +199,6 @@ def navit(name: str, variant: str, arg: str, *, demo_steps: int, demo_lr: float)
     c = get_config()
     c.name, c.model.variant = name, variant
     use_data(c, arg)
-    if c.data.source in ("digits", "shapes", "photos"):
+    if c.data.source in EMBEDDED:
         return demo(c, steps=demo_steps, lr=demo_lr)
     return imagenet(c) if arg == "imagenet2012" else own_data(c)

@@ -13,7 +13,7 @@ from configs import base
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.navit("quickstart", "Ti/16", arg, demo_steps=1000, demo_lr=2e-3)
-    if c.data.source in ("digits", "shapes", "photos"):
+    if c.data.source in base.EMBEDDED:
         c.resolution.max_side = 64
         c.packing.row_length = 128
         c.log_every_steps = 20

@@ -105,6 +105,12 @@ def drop_rate(
     raise UserError(f"drop.kind is {cfg.kind!r}; expected none, constant, beta, resolution or scheduled")
 
 
+def least_rate(cfg: ConfigDict) -> float:
+    """The smallest share that is ever dropped from an image of the longest sequence; cfg is `config.drop`."""
+    rates = dict(constant=cfg.rate, resolution=cfg.max_rate - 0.04, scheduled=min(cfg.min_rate, cfg.end_rate))
+    return max(0.0, rates.get(cfg.kind, 0.0))
+
+
 def _crops(cfg: ConfigDict, seed: int, position: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Random crops as shares of the image: [n, 4] float64 (top, left, height, width); cfg is `config.augment`."""
     area = 1 - (1 - cfg.crop_min_area) * keys.uniform(seed, "croparea", position)
@@ -137,16 +143,24 @@ class Sampler:
                 f"{config.resolution.max_side}"
             )
 
-        # The most extreme aspect at the largest budget, so a run is refused before it starts and not on the way.
+        # The most extreme aspects at the largest budget, so a run is refused before it starts and not on the way.
         aspect = np.log(np.maximum(1, sizes)) @ np.array([1.0, -1.0])
         extremes = np.array([aspect.argmin(), aspect.argmax()])
-        worst = self._grid(np.maximum(1, sizes[extremes]), np.full(2, self.largest))
+        stretch = 1.0 if budget else config.augment.crop_max_aspect
+        stretched = np.maximum(1, sizes[extremes]) * np.array([[1, stretch], [stretch, 1]])
+        worst = self._grid(stretched, np.full(2, self.largest))
         self._check_positions(extremes, worst, sizes[extremes].min(axis=1) > 0)
 
     @property
     def largest(self) -> int:
-        """The most tokens an image can have."""
+        """The most tokens an image can have before dropping."""
         return self.budget or self.span[1]
+
+    @property
+    def largest_kept(self) -> int:
+        """The most tokens of an image that dropping is sure to leave at most."""
+        least = 0.0 if self.budget else least_rate(self.config.drop)
+        return max(1, round(self.largest * (1 - least)))
 
     def __call__(self, position: np.ndarray) -> Draws:
         config, seed = self.config, self.config.seed
@@ -184,7 +198,7 @@ class Sampler:
         if tabular and model.posemb_beyond == "error" and grid[worst].max() > model.posemb_max and readable[worst]:
             h, w = self.sizes[index[worst]]
             raise UserError(
-                f"image {index[worst]} of {h}x{w} pixels gives a grid of {grid[worst][0]}x{grid[worst][1]} patches, but "
-                f"the position table has {model.posemb_max} rows. Set --config.model.posemb_max={grid[worst].max()} or "
-                "more, --config.model.posemb_beyond=interpolate, or a fractional embedding."
+                f"image {index[worst]} of {h}x{w} pixels gives a grid of {grid[worst][0]}x{grid[worst][1]} patches, "
+                f"but the position table has {model.posemb_max} rows. Set --config.model.posemb_max="
+                f"{grid[worst].max()} or more, --config.model.posemb_beyond=interpolate, or a fractional embedding."
             )

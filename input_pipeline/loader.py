@@ -132,11 +132,15 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # grain reads absl flags in its workers
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=4))
-        for item in dataset.batch(len(self.rows.local), batch_fn=_stack):
-            if isinstance(item, Exception):
-                raise item
-            self._count(*item)
-            yield item
+        iterator = iter(dataset.batch(len(self.rows.local), batch_fn=_stack))
+        try:
+            for item in iterator:
+                if isinstance(item, Exception):
+                    raise item
+                self._count(*item)
+                yield item
+        finally:
+            iterator.close()  # or threads and worker processes go on until the program ends
 
     def _count(self, batch: Batch, info: Info) -> None:
         self.seen += int((batch.index >= 0).sum()) + len(info.bad)

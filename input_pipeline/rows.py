@@ -34,12 +34,11 @@ class RowBuilder:
     """`builder(plan) -> Row` for one source and sampler; `soft` labels are [K, C] rather than [K]."""
 
     def __init__(self, source: Source, sampler: Sampler, config: ConfigDict, *, length: int, slots: int, classes: int):
-        augment.check(config.augment, config.data.channels, config.data.bits)
         self.source, self.sampler, self.config, self.classes = source, sampler, config, classes
         self.length, self.slots, self.train = length, slots, not sampler.budget
         self.dtype = np.uint16 if config.data.bits == 16 else np.uint8
         self.mixup = config.augment.mixup if self.train else 0.0
-        self.soft = config.data.multi_label or bool(config.augment.mixup)
+        self.soft = config.data.multi_label or bool(self.mixup)
 
     def __call__(self, plan: RowPlan) -> Row:
         drawn = self.sampler(plan.positions)
@@ -81,13 +80,16 @@ class RowBuilder:
     def _target(self, label: int | tuple[int, ...]) -> np.ndarray:
         if not self.soft:
             return np.int32(label)
+        classes = np.atleast_1d(np.array(label, np.int64))
+        if (classes < 0).any():  # no label, which is not the same as an empty set of classes
+            return np.full(self.classes, -1, np.float32)
         target = np.zeros(self.classes, np.float32)
-        target[[c for c in np.atleast_1d(np.array(label, np.int64)) if c >= 0]] = 1
+        target[classes] = 1
         return target
 
     def _mix(self, pixels: list, labels: list, positions: np.ndarray) -> tuple[list, list]:
         """Blend each image with the next usable one of its row, resized to its grid (mixup: Zhang et al. 2018)."""
-        usable = [i for i, image in enumerate(pixels) if image is not None]
+        usable = [i for i, image in enumerate(pixels) if image is not None and labels[i].min() >= 0]
         mixed, targets = list(pixels), list(labels)
         for here, there in zip(usable, usable[1:] + usable[:1], strict=True):
             rng = keys.generator(self.config.seed, "mixup", int(positions[here]))

@@ -27,6 +27,7 @@ class Images:
 
     source: Source
     sizes: np.ndarray
+    classes: int
 
 
 def open_images(config: ConfigDict, split: str) -> Images:
@@ -54,36 +55,49 @@ def open_images(config: ConfigDict, split: str) -> Images:
             f"data.max_bad_share={data.max_bad_share:g}; "
             f"the first is {source.describe(int(bad[0]))}. Remove them or raise --config.data.max_bad_share."
         )
-    return Images(source, sizes)
+    return Images(source, sizes, len(source.class_names))
 
 
-def check_classes(train: Images, held_out: Images) -> None:
-    """Refuse an evaluation set whose classes are not the training set's."""
+def match_classes(train: Images, held_out: Images) -> Images:
+    """The held-out images with the training set's classes. Raises UserError where they are others.
+
+    Classes that were only counted ('0', '1', ...) may end earlier in the held-out set.
+    """
     ours, theirs = train.source.class_names, held_out.source.class_names
-    if ours != theirs:
+    if not ours:
+        raise UserError(
+            "the training set has no classes: --config.data.label_field names the field that holds the label"
+        )
+    counted = all(name == str(i) for i, name in enumerate(ours))
+    if ours != theirs and not (counted and theirs == ours[: len(theirs)]):
         only = sorted(set(ours) - set(theirs))[:5], sorted(set(theirs) - set(ours))[:5]
         raise UserError(
             f"the held-out set's {len(theirs)} classes are not the training set's {len(ours)}: only in training "
-            f"{only[0]}, "
-            f"only held out {only[1]}. Both need the same classes in the same order."
+            f"{only[0]}, only held out {only[1]}. Both need the same classes in the same order."
         )
+    return dataclasses.replace(held_out, classes=len(ours))
 
 
 def patch_size(config: ConfigDict) -> int:
     """Pixels a patch side, from `model.variant`."""
     try:
-        return int(config.model.variant.split("/")[1])
+        size = int(config.model.variant.split("/")[1])
+        if size > 0:
+            return size
     except (IndexError, ValueError):
-        raise UserError(
-            f"model.variant is {config.model.variant!r}; expected a size and a patch, such as B/16"
-        ) from None
+        pass
+    raise UserError(f"model.variant is {config.model.variant!r}; expected a size and a patch, such as B/16") from None
 
 
 def _plan_options(config: ConfigDict, sampler: Sampler, length: int, slots: int) -> dict:
     p = config.packing
     plan = dict(length=length, open_rows=p.open_rows, restore_dropped=p.restore_dropped and not sampler.budget)
-    images = len(sampler.indices) if sampler.budget else _DRY_IMAGES
-    return plan | dict(slots=packing.choose_slots(sampler, min(images, _DRY_IMAGES), slots=slots, **plan))
+    images = min(len(sampler.indices), _DRY_IMAGES) if sampler.budget else _DRY_IMAGES
+    drop, starts = config.drop, [0]
+    if drop.kind == "scheduled" and not sampler.budget:  # images a row change on the way: look at both ends
+        starts.append(max(0, int(drop.midpoint_examples + 4 * abs(drop.tau_examples))))
+    windows = [lambda p, s=start: sampler(p + s) for start in starts]
+    return plan | dict(slots=max(packing.choose_slots(draw, images, slots=slots, **plan) for draw in windows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +127,7 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
     """The training rows of a config; see `configs/base.py` for the fields."""
     sampler = Sampler(config, images.sizes, patch_size(config))
     length, rows = config.packing.row_length, config.packing.rows_per_step
-    if sampler.largest > length and config.drop.kind == "none":
+    if sampler.largest_kept > length:
         raise UserError(
             f"packing.row_length={length} is too small for one image: "
             f"resolution.max_side={config.resolution.max_side} at patch "
@@ -122,8 +136,7 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
             "--config.resolution.max_side."
         )
     plan = _plan_options(config, sampler, length, config.packing.images_per_row)
-    classes = len(images.source.class_names)
-    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=classes)
+    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
     return TrainStream(images, sampler, builder, plan, rows)
 
 
@@ -138,8 +151,7 @@ def eval_loader(
     rows = eval_rows(config)
     plan = _plan_options(config, sampler, length, slots) | dict(stop=len(sampler.indices))
     count = sum(1 for _ in packing.Planner(sampler, **plan))
-    classes = len(images.source.class_names)
-    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=classes)
+    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
     return Loader(builder, plan, rows=rows, steps=-(-count // rows))
 
 
@@ -161,13 +173,12 @@ def eval_loaders(config: ConfigDict, wanted: Sequence[tuple[Images, int, np.ndar
 
 
 def total_steps(config: ConfigDict, stream: TrainStream) -> int:
-    """Training steps from `total_steps`, `total_epochs` or `total_examples`, the latter two by planning dry."""
-    given = {k: config[k] for k in ("total_steps", "total_epochs", "total_examples") if config[k]}
-    if len(given) != 1:
-        raise UserError(f"set one of total_steps, total_epochs and total_examples; found {given or 'none'}")
-    if config.total_steps:
+    """Training steps from `total_steps`, `total_examples` or `total_epochs`, the latter two by planning dry."""
+    if config.total_steps > 0:
         return config.total_steps
     examples = config.total_examples or round(config.total_epochs * len(stream.images.sizes))
+    if examples < 1:
+        raise UserError("a run needs a length: set --config.total_steps, total_examples or total_epochs")
     if examples <= _EXACT_IMAGES:
         planner = packing.Planner(stream.sampler, stop=examples, **stream.plan)
         return max(1, sum(1 for _ in planner) // stream.rows)
@@ -178,7 +189,7 @@ def total_steps(config: ConfigDict, stream: TrainStream) -> int:
 
 
 def fingerprint(images: Images) -> dict:
-    """What the training rows depend on besides the config."""
+    """What the training rows depend on besides the config; `source` stands for names, sizes and times of its files."""
     return dict(
         source=images.source.fingerprint(), images=len(images.sizes), sizes=int(images.sizes.astype(np.int64).sum())
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["NAVIT_JAX_CACHE"] = tempfile.mkdtemp(prefix="navit_jax_tests_")
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["NAVIT_JAX_CACHE"]) / "compilation"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -41,7 +41,7 @@ def make_config(**data):
 
 
 def open_images(source):
-    return stream.Images(source, source.known_sizes())
+    return stream.Images(source, source.known_sizes(), len(source.class_names))
 
 
 def table_forward(table, pooled=None):

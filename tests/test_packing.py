@@ -64,11 +64,10 @@ def test_a_snapshot_goes_on_identically(cut, seed):
 @pytest.mark.parametrize(("length", "limit"), [(256, 1.0), (1024, 0.5)])
 @pytest.mark.parametrize("restore", [True, False])
 def test_padding_on_the_committed_sizes(length, limit, restore):
-    """The paper's default sampling, side U(64, 256), with beta dropping to about 64 tokens an image."""
+    """The default sampling: side U(64, 256), beta dropping to about 65 tokens an image."""
     sizes = np.load(Path(__file__).parent / "data" / "sizes_100k.npz")["sizes"].astype(int)
     assert len(sizes) == 100_000
     config = base.get_config()
-    config.drop.update(kind="beta", mean_rate=0.36)
     sampler = Sampler(config, sizes, 16)
     options = dict(length=length, restore_dropped=restore)
     slots = choose_slots(sampler, 20_000, slots=0, **options)

@@ -27,7 +27,7 @@ def make_config(**data):
 @pytest.fixture
 def shown(monkeypatch):
     def make(config, source, count=3):
-        images = stream.Images(source, source.known_sizes())
+        images = stream.Images(source, source.known_sizes(), len(source.class_names))
         monkeypatch.setattr(stream, "open_images", lambda config, split: images)
         rows, slots = show.packed_rows(config, count)
         train = stream.train_stream(config, images)

@@ -152,7 +152,7 @@ def test_eval_only_without_a_checkpoint_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoint(tmp_path):
     config = tiny(optim__lr=1e30, optim__clip_norm=0.0, optim__warmup_steps=0, checkpoint_every_steps=1)
-    with pytest.raises(UserError, match=r"step \d+: loss .*not finite.*index in the source\): \[\d+"):
+    with pytest.raises(UserError, match=r"step \d+: loss .*not finite.*index in the source\): \[\d+.*non_finite.json"):
         run(config, tmp_path)
     saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     finite = losses(lines(tmp_path))

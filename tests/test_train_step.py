@@ -110,7 +110,8 @@ def test_rows_that_do_not_divide_over_devices_are_refused(monkeypatch):
 
 
 def test_four_devices_give_the_losses_of_one():
-    code = "import sys; sys.path[:0] = ['tests', '.']; import test_train_step as t; print([float(s['loss']) for s in t.run()[1]])"
+    code = "import sys; sys.path[:0] = ['tests', '.']\nimport test_train_step as t\n"
+    code += "print([float(s['loss']) for s in t.run()[1]])"
     outs = []
     for devices in (1, 4):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}

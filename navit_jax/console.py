@@ -1,27 +1,42 @@
 """What a run says and checks before its first step and after its last."""
 
+import json
 import logging
 import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from configs.base import EMBEDDED
 from input_pipeline.errors import UserError
 from navit_jax import navit
 
-EMBEDDED = ("digits", "shapes", "photos")
+
+class _BarHandler(logging.Handler):
+    """Log lines above the progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
 
 
-def prepare(workdir: Path, new: bool) -> None:
-    """Make the run's folder and say how to resume it. Raises UserError if it cannot be written."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+def open_workdir(given: str, name: str, must_exist: bool) -> Path:
+    """The run's folder, made where it is new, and how to resume it. Raises UserError if it cannot be written."""
+    logging.basicConfig(handlers=[_BarHandler()], level=logging.WARNING, format="%(message)s", force=True)
+    if "://" in given:
+        raise UserError(f"--workdir={given}: runs are written to local folders, found an address")
+    workdir = Path(given or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if must_exist and not workdir.is_dir():
+        raise UserError(f"--eval_only found no folder {workdir}. Give --workdir of a run.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / ".writable").touch()
@@ -30,9 +45,32 @@ def prepare(workdir: Path, new: bool) -> None:
         raise UserError(
             f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."
         ) from None
-    command = [a for a in sys.argv if a != "--eval_only"] + ([f"--workdir={workdir}"] if new else [])
+    command = [a for a in sys.argv if a != "--eval_only"] + ([] if given else [f"--workdir={workdir}"])
     print(f"run: {workdir}\nto resume: python {shlex.join(command)}", flush=True)
     warn_unused_accelerator()
+    return workdir
+
+
+def fit_schedule(optim: ConfigDict, total: int) -> None:
+    """Shorten warm-up and cool-down that do not fit into a short run, and say so."""
+    if optim.warmup_steps + optim.cooldown_steps > total:
+        optim.warmup_steps, optim.cooldown_steps = (
+            min(optim.warmup_steps, total // 10),
+            min(optim.cooldown_steps, total // 3),
+        )
+        print(
+            f"the run has only {total} steps: warm-up shortened to {optim.warmup_steps}, cool-down to "
+            f"{optim.cooldown_steps}",
+            flush=True,
+        )
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """config.json, for people. Raises UserError where the disk is full."""
+    try:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write {workdir / 'config.json'}: {error.strerror}. Free space there.") from None
 
 
 def warn_unused_accelerator() -> None:
@@ -61,7 +99,7 @@ def describe(config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTCon
         )
     print(
         f"      {len(rows.images.sizes)} training images, {held_out} held out, "
-        f"{len(rows.images.source.class_names)} classes\n"
+        f"{rows.images.classes} classes\n"
         f"rows: {rows.rows} a step of {rows.plan['length']} tokens and {rows.plan['slots']} slots; about "
         f"{found.images / found.rows:.1f} "
         f"images a row, {found.tokens / found.images:.0f} tokens an image, {100 * found.fill:.2f} % filled\n"
@@ -86,6 +124,24 @@ def compile_step(step: Any, state: dict, batch: Any) -> Any:
     compiled = step.lower(state, batch).compile()
     print(f"{time.perf_counter() - start:.1f} s", flush=True)
     return compiled
+
+
+def non_finite(workdir: Path, step: int, index: np.ndarray, sums: dict, names: Callable, last: int | None) -> UserError:
+    """The error that stops a run whose numbers are not finite; the images of the batch go into a file.
+
+    index: [B, K] of the batch, -1: empty. names: index -> name. last: step of the newest checkpoint.
+    """
+    images = index[index >= 0].tolist()
+    path = workdir / "non_finite.json"
+    path.write_text(json.dumps(dict(step=step, images=images, names=[names(i) for i in images]), indent=1))
+    shown = ", ".join(map(str, images[:16])) + (", ..." if len(images) > 16 else "")
+    again = "" if last is None else f" with --config.init_from={workdir}"
+    return UserError(
+        f"step {step}: loss {sums['loss']:g}, gradient norm {sums['grad_norm']:g}: not finite, nothing of it was "
+        f"saved. Images of the batch (index in the source): [{shown}]; all, with names, in {path}. The last "
+        f"checkpoint is {'none' if last is None else f'step {last}'}. Start a new run{again} and a lower "
+        "--config.optim.lr, more warmup_steps or a clip_norm."
+    )
 
 
 def finish(workdir: Path, step: int, total: int) -> None:
