@@ -96,9 +96,11 @@ class PositionEmbedding(nnx.Module):
     def _tables(self) -> tuple[jax.Array, jax.Array]:
         if self.cfg.posemb == "learned":
             return self.y[...], self.x[...]
-        part = self.width // 2 if self.cfg.posemb_combine == "concat" else self.width
-        table = jnp.asarray(sinusoidal_table(self.cfg.posemb_max, part))
-        return table, table
+        if self.cfg.posemb_combine == "concat":
+            table = jnp.asarray(sinusoidal_table(self.cfg.posemb_max, self.width // 2))
+            return table, table
+        table = jnp.asarray(sinusoidal_table(self.cfg.posemb_max, self.width))
+        return table, table[:, ::-1]  # one order for both would give (y, x) and (x, y) the same sum and product
 
 
 def token_sides(segment_ids_BL: jax.Array, grids_BK3: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Modules hold no rng state; a call gets a key, or None to be deterministic. GELU and norms keep one array for the
 backward pass and recompute the rest, because a scan stacks whatever is kept, one copy a layer: with JAX's own gradients
-of them a step of four layers, width 384, needs 640 MiB of temporaries instead of 356, and 15 to 20 % more time.
+of them a step of four layers on 8 rows of 256, width 384, takes 674 MiB of temporaries instead of 368, and 11 % longer.
 """
 
 from collections.abc import Callable

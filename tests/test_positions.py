@@ -63,8 +63,18 @@ def test_factorised_embeddings_follow_their_formula(kind, coords, combine):
             y, x = (interpolated(np.asarray(t[...]), w) for t, w in zip((model.y, model.x), where))
         else:
             y, x = (sinusoidal(w, part) for w in where)
+            x = x if combine == "concat" else x[::-1]
         expected = {"sum": y + x, "product": y * x, "concat": np.concatenate([y, x])}[combine]
         np.testing.assert_allclose(got[at], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, coords, combine", FACTORISED)
+def test_rows_and_columns_are_told_apart(kind, coords, combine):
+    """Every patch of an 8 x 8 image gets a place of its own; (y, x) and (x, y) above all."""
+    y, x = np.divmod(np.arange(64), 8)
+    got = embedding(kind, coords, combine)(np.stack([0 * y, y, x], axis=1)[None], np.full((1, 64, 2), 8))[0]
+    distance = np.linalg.norm(got[:, None] - got[None], axis=-1) / np.linalg.norm(got, axis=-1).mean()
+    assert distance[~np.eye(64, dtype=bool)].min() > 0.03
 
 
 @pytest.mark.parametrize("coords", ["absolute", "fractional"])

@@ -1,9 +1,9 @@
 """Masked attention over whole rows, head-major, with a backward pass of its own; correct on every platform.
 
-Why not three lines of einsum: on two CPU cores, forward + backward in float32 with 12 heads of 64, those take 138 ms
-for 8 rows of 256 and 690 ms for 2 rows of 1024; this takes 126 and 486. It keeps the row sums instead of the [L, L]
-weights (24 times less to carry through the scan over layers), and it turns products with transposed [L, L] operands,
-which the CPU does at half speed, into plain ones by transposing the thin operand.
+Why not three lines of einsum: a training step of four layers of a Ti on 2 rows of 1024 takes 0.96 CPU seconds and 416
+MiB of temporaries with those, 0.79 and 221 with this (float32; at L=256 the time is the same). It keeps the row sums
+instead of the [L, L] weights, which a scan would stack layer by layer, and turns products with transposed [L, L]
+operands, which a CPU does at half speed, into plain ones by transposing the thin operand.
 """
 
 import jax
