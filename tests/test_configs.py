@@ -1,0 +1,104 @@
+"""Every recipe plans its rows and builds its model on every kind of data it takes; settings out of range are named."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import configs
+from configs import base
+from input_pipeline import checks, stream
+from input_pipeline.errors import UserError
+from navit_jax import console, navit, optim
+
+RECIPES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def get(name, arg):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def dry(config):
+    checks.check(config)
+    images = stream.open_images(config, "train")
+    held_out = stream.match_classes(images, stream.open_images(config, "eval"))
+    rows = stream.train_stream(config, images)
+    total = stream.total_steps(config, rows)
+    console.fit_schedule(config.optim, total)
+    model = navit.from_config(config.model, channels=3, num_classes=images.classes)
+    optim.make_optimizer(config.optim, navit.abstract(model)[1], total)
+    stream.eval_loaders(config, [(held_out, budget, None) for budget in config.eval.token_budgets])
+    return rows.report
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("arg", ["", "shapes"])
+def test_embedded_sets(name, arg):
+    assert dry(get(name, arg)).fill > 0.95
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
+    for i in range(40):
+        place = root / f"class{i % 2}"
+        place.mkdir(exist_ok=True)
+        h, w = rng.integers(20, 200, 2)
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(place / f"{i}.png")
+    Image.new("RGB", (2000, 30)).save(root / "class0" / "banner.png")
+    return root
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_small_folder(name, folder):
+    dry(get(name, f"folder={folder}"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_imagenet_recipe_on_stand_in_sizes(name):
+    config = get(name, "imagenet2012")
+    assert config.data.source == "tfds=imagenet2012"
+    sizes = np.load(Path(__file__).parent / "data" / "sizes_100k.npz")["sizes"].astype(int)[:20_000]
+    source = type("Source", (), {"class_names": ("a", "b")})()
+    rows = stream.train_stream(config, stream.Images(source, sizes, 2))
+    assert rows.report.fill > 0.995 and stream.total_steps(config, rows) > 1000
+
+
+def test_every_wrong_field_is_named_at_once():
+    config = base.get_config()
+    config.data.decode, config.data.bits, config.drop.rate = "slow", 12, 1.5
+    config.optim.accumulate_steps = 3
+    config.eval.token_budgets = ()
+    with pytest.raises(UserError) as error:
+        checks.check(config)
+    for words in (
+        "data.decode is 'slow'; expected fast or full",
+        "data.bits is 12",
+        "drop.rate",
+        "accumulate_steps",
+        "token_budgets",
+    ):
+        assert words in str(error.value)
+
+
+def test_counted_classes_may_end_earlier_in_the_held_out_set():
+    def images(*names):
+        return stream.Images(type("Source", (), {"class_names": names})(), np.ones((1, 2)), len(names))
+
+    assert stream.match_classes(images("0", "1", "2"), images("0", "1")).classes == 3
+    for ours, theirs in ((("0", "1"), ("0", "1", "2")), (("cat", "dog"), ("cat",)), ((), ())):
+        with pytest.raises(UserError, match="class"):
+            stream.match_classes(images(*ours), images(*theirs))
+
+
+def test_a_rising_drop_schedule_gets_slots_for_its_end():
+    config = base.get_config()
+    config.drop.update(kind="scheduled", min_rate=0.2, end_rate=0.8, midpoint_examples=1e6, tau_examples=2e5)
+    sizes = np.load(Path(__file__).parent / "data" / "sizes_100k.npz")["sizes"].astype(int)
+    source = type("Source", (), {"class_names": ("a",)})()
+    config.model.posemb_beyond = "interpolate"
+    rising = stream.train_stream(config, stream.Images(source, sizes, 1)).plan["slots"]
+    config.drop.update(kind="constant", rate=0.8)
+    assert rising >= stream.train_stream(config, stream.Images(source, sizes, 1)).plan["slots"]
