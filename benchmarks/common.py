@@ -22,8 +22,9 @@ def machine() -> str:
 
 
 def versions(*packages: str) -> str:
-    """`jax 0.10.2, flax 0.12.8`, and Python's."""
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in packages)])
+    """`Python 3.11.7, jax 0.10.2, flax 0.12.8`."""
+    found = [f"{name} {metadata.version(name)}" for name in packages]
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from ml_collections import ConfigDict
 
+from benchmarks.equal_compute import Result
 from input_pipeline import stream
 from input_pipeline.patches import unpatchify
 from input_pipeline.sources.shapes import ASPECTS, CLASS_NAMES
@@ -38,8 +39,10 @@ def shown(config: ConfigDict, images: stream.Images, indices: np.ndarray, budget
     return [found[int(i)] for i in indices]
 
 
-def draw(results: Sequence, pictures: Sequence[tuple[str, list[np.ndarray]]], patch: int, ceiling: float, path: Path):
-    """results: with `name`, `curve` [(FLOPs, share)] and `top1`. pictures: (caption, one image a class) a line."""
+def draw(
+    results: Sequence[Result], pictures: Sequence[tuple[str, list[np.ndarray]]], patch: int, ceiling: float, path: Path
+) -> None:
+    """Writes the picture to `path`. pictures: (caption, one image a class) a line. ceiling: what squashing allows."""
     figure = Figure(figsize=(9.6, 8.4), dpi=150, layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
     top.suptitle("The class is the shape's true aspect: a square resize removes it", color=INK, fontsize=12)
@@ -52,7 +55,6 @@ def draw(results: Sequence, pictures: Sequence[tuple[str, list[np.ndarray]]], pa
     for place, name in zip(axes[0], CLASS_NAMES, strict=True):
         place.set_title(name, color=MUTED, fontsize=9)
     _curves(bottom.subplots(), results, ceiling)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
@@ -63,18 +65,19 @@ def _picture(axes: Axes, image: np.ndarray, patch: int, side: int) -> None:
     axes.vlines(range(patch, width, patch), 0, height, color="white", linewidth=0.6)
     axes.hlines(range(patch, height, patch), 0, width, color="white", linewidth=0.6)
     axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=MUTED, linewidth=0.8))
-    axes.set(xlim=((width - side) / 2 - 1, (width + side) / 2 + 1), ylim=((height + side) / 2 + 1, (height - side) / 2 - 1))
-    axes.set(xticks=[], yticks=[])
+    half, y, x = side / 2 + 1, height / 2, width / 2
+    axes.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _curves(axes: Axes, results: Sequence, ceiling: float) -> None:
+def _curves(axes: Axes, results: Sequence[Result], ceiling: float) -> None:
     largest = max(flops for result in results for flops, _ in result.curve)
     chance = 1 / len(CLASS_NAMES)
     levels = (ceiling, f"the most that squashed images allow, {100 * ceiling:.1f} %"), (chance, "chance")
     for level, text in levels:
         axes.axhline(level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(text, (0, level), xytext=(4, 4), textcoords="offset points", color=MUTED, fontsize=8.5)
+        place = dict(xytext=(-4, 4), textcoords="offset points", ha="right")
+        axes.annotate(text, (1.03 * largest / 1e12, level), color=MUTED, fontsize=8.5, **place)
     for result, colour in zip(results, COLOURS, strict=True):
         x, y = np.array([(0.0, chance), *result.curve]).T
         style = dict(color=colour, linewidth=2.2, markersize=6, markeredgecolor="white", markeredgewidth=1.2)

@@ -4,7 +4,8 @@
     python train.py --config configs/navit_b16.py:folder=PATH         # PATH/class/image.jpg
     python train.py --config configs/navit_b16.py:imagenet2012        # TFDS, the full recipe
 
-HEADER_b16
+Digits: 95.3 % of 360 at 4 tokens an image, 86.7 % at 9; loss 1.76 over the first fifth, 0.14 over the last; 6 minutes
+on two CPU cores that were shared, 160 steps of 46 images. imagenet2012 and folders: not run.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     python train.py --config configs/navit_b32.py:folder=PATH         # PATH/class/image.jpg
     python train.py --config configs/navit_b32.py:imagenet2012        # TFDS, the full recipe
 
-HEADER_b32
+Digits: not run (as navit_b16, with patches of 32 pixels). imagenet2012 and folders: not run.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     python train.py --config configs/navit_l16.py:folder=PATH         # PATH/class/image.jpg
     python train.py --config configs/navit_l16.py:imagenet2012        # TFDS, the full recipe
 
-HEADER_l16
+Digits: not run; 311 M parameters need 5 GB and about 4 s a step on two CPU cores. imagenet2012 and folders: not run.
 """
 
 from ml_collections import ConfigDict

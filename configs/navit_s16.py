@@ -4,7 +4,8 @@
     python train.py --config configs/navit_s16.py:folder=PATH         # PATH/class/image.jpg
     python train.py --config configs/navit_s16.py:imagenet2012        # TFDS, the full recipe
 
-HEADER_s16
+Digits: 97.2 % of 360 at 4 tokens an image, 92.2 % at 9; 3 minutes on two CPU cores, 400 steps of 46 images.
+imagenet2012 and folders: not run.
 """
 
 from ml_collections import ConfigDict

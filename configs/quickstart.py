@@ -3,7 +3,8 @@
     python train.py --config configs/quickstart.py
     python train.py --config configs/quickstart.py:shapes
 
-HEADER_quickstart
+Digits: 98.9 % of 360 at 9 tokens an image, 98.6 % at 16 (full: 15.7); 100 seconds on two CPU cores, 1000 steps, 80
+thousand images. Shapes: see `benchmarks/native_vs_square.py` for a recipe that learns them.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
     python train.py --config configs/vit_b16_square.py:folder=PATH
     python train.py --config configs/vit_b16_square.py:imagenet2012        # 224 pixels, 196 tokens
 
-HEADER_square
+Digits: not run to its end. imagenet2012 and folders: not run.
 """
 
 from ml_collections import ConfigDict

@@ -131,8 +131,8 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
         raise UserError(
             f"packing.row_length={length} is too small for one image: "
             f"resolution.max_side={config.resolution.max_side} at patch "
-            f"{sampler.patch} gives up to {sampler.largest} tokens. Set "
-            f"--config.packing.row_length={sampler.largest} or lower "
+            f"{sampler.patch} gives up to {sampler.largest_kept} tokens. Set "
+            f"--config.packing.row_length={sampler.largest_kept} or lower "
             "--config.resolution.max_side."
         )
     plan = _plan_options(config, sampler, length, config.packing.images_per_row)

@@ -162,7 +162,8 @@ def _nearest(name: str, fields: dict[str, object]) -> list[str]:
     def likeness(field: str) -> float:
         whole = difflib.SequenceMatcher(None, name, field).ratio()
         last = difflib.SequenceMatcher(None, name.split(".")[-1], field.split(".")[-1]).ratio()
-        return max(whole, 0.95 * last)
+        same_group = "." in name and field.split(".")[:-1] == name.split(".")[:-1]
+        return max(whole, 0.95 * last, 1.5 * (last == 1)) + 0.3 * same_group
 
     ranked = sorted(fields, key=likeness, reverse=True)
     best = likeness(ranked[0])

@@ -1,7 +1,7 @@
 """Whether what a checkpoint holds fits what is here: parameters by name and shape, configuration field by field.
 
 A run resumes only if it would go on bit-identically, so any field not known to be harmless is refused: a wrong refusal
-costs a flag, a wrong continuation costs the run. Fine-tuning forgives one thing, a head of another size.
+costs a new folder, a wrong continuation costs the run. Fine-tuning forgives one thing, a head of another size.
 """
 
 import json
