@@ -105,10 +105,18 @@ def drop_rate(
     raise UserError(f"drop.kind is {cfg.kind!r}; expected none, constant, beta, resolution or scheduled")
 
 
-def least_rate(cfg: ConfigDict) -> float:
-    """The smallest share that is ever dropped from an image of the longest sequence; cfg is `config.drop`."""
-    rates = dict(constant=cfg.rate, resolution=cfg.max_rate - 0.04, scheduled=min(cfg.min_rate, cfg.end_rate))
-    return max(0.0, rates.get(cfg.kind, 0.0))
+def most_kept(cfg: ConfigDict, span: tuple[int, int]) -> int:
+    """The most tokens that dropping can leave of an image, of sequences between the two lengths of `span`."""
+    tokens = np.arange(span[0], span[1] + 1)
+    if cfg.kind == "constant":
+        rate = cfg.rate
+    elif cfg.kind == "scheduled":
+        rate = min(cfg.min_rate, cfg.end_rate)
+    elif cfg.kind == "resolution":  # two standard deviations below its mean for that length
+        rate = np.maximum(0, np.interp(tokens, span, (cfg.min_rate, cfg.max_rate)) - 0.04)
+    else:
+        rate = 0.0
+    return max(1, int(np.round(tokens * (1 - rate)).max()))
 
 
 def _crops(cfg: ConfigDict, seed: int, position: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -159,8 +167,7 @@ class Sampler:
     @property
     def largest_kept(self) -> int:
         """The most tokens of an image that dropping is sure to leave at most."""
-        least = 0.0 if self.budget else least_rate(self.config.drop)
-        return max(1, round(self.largest * (1 - least)))
+        return self.budget or most_kept(self.config.drop, self.span)
 
     def __call__(self, position: np.ndarray) -> Draws:
         config, seed = self.config, self.config.seed

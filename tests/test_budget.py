@@ -100,6 +100,15 @@ def test_one_token_is_always_kept_and_evaluation_drops_none(rate, seed):
     assert (seen.keep == seen.grid.prod(1)).all() and (seen.keep <= 64).all() and (seen.index == np.arange(50)).all()
 
 
+@pytest.mark.parametrize("kind", ["none", "constant", "beta", "resolution", "scheduled"])
+def test_no_image_keeps_more_than_the_bound_that_rows_are_checked_with(kind):
+    config = base.get_config()
+    config.drop.update(kind=kind, rate=0.6, min_rate=0.05, max_rate=0.9, midpoint_examples=1e4, tau_examples=1e3)
+    sampler = budget.Sampler(config, np.random.default_rng(0).integers(200, 300, (1000, 2)), 16)
+    kept = sampler(np.arange(20_000)).keep.max()
+    assert 0.75 * sampler.largest_kept <= kept <= sampler.largest_kept <= sampler.largest
+
+
 def test_draws_are_a_function_of_position():
     config = base.get_config()
     config.augment.update(crop_min_area=0.3, crop_max_aspect=2.0)
