@@ -156,7 +156,8 @@ def use_data(c: ConfigDict, arg: str) -> ConfigDict:
 def demo(c: ConfigDict, *, steps: int, lr: float) -> ConfigDict:
     """A short run on an embedded set: 4-9 tokens an image, few tokens a step, so a large model fits two CPU cores.
 
-    Fourier positions, because a learned table starts near 0 and a run of some hundred steps ends before it is learned.
+    Fourier positions because they did best on digits (quickstart, 600 steps, softmax: 92.5 % against 78.9 % learned,
+    both fractional; rope 91.1 %), judged on the held-out images. On `shapes` it is the other way round.
     """
     patch = int(c.model.variant.split("/")[1])
     c.resolution.update(min_side=2 * patch, max_side=3 * patch)
