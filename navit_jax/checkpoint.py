@@ -2,30 +2,34 @@
 
 Orbax writes into a temporary folder and renames it, so a killed process leaves the earlier checkpoints whole. Its
 `CheckpointManager` deletes in place, where a kill leaves half of a checkpoint that looks whole; so this is its
-`AsyncCheckpointer`, and what goes is renamed first. What a checkpoint must match to be used is in `compatibility`.
+`AsyncCheckpointer`, and what goes is renamed first. What a disk breaks later is seen by `checkpoint_integrity`, and
+the checkpoint before it is used. What a checkpoint must match to be used is in `compatibility`.
 """
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from input_pipeline.errors import UserError
 from navit_jax import checkpoint_files as files
-from navit_jax.compatibility import check_compatible, differences, init_from, named_leaves, nested, to_json
+from navit_jax import checkpoint_integrity as integrity
+from navit_jax.compatibility import check_compatible, init_from, named_leaves, nested, to_json
 
 __all__ = ["Checkpoints", "check_compatible", "find_checkpoint", "init_from", "restore_params"]
 
 Tree = Any
 _PARTIAL = (".orbax-checkpoint-tmp", ".deleted")  # unfinished saves and deletions
 _FAILURES = (OSError, ValueError, jax.errors.JaxRuntimeError)  # tensorstore reports a full disk as a ValueError
+_THERE = "there"
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
@@ -47,8 +51,12 @@ class Checkpoints:
         self._keep_last, self._best_metric = keep_last, best_metric
         self._saving, self._swept = None, False
         # Asked to make its folders in the background, Orbax takes 5 minutes to report one that it cannot make.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._checkpointer = ocp.AsyncCheckpointer(files.handler(), async_options=options)
+        options = ocp.AsyncOptions(
+            create_directories_asynchronously=False,
+            barrier_sync_fn=self._together,
+            post_finalization_callback=lambda: integrity.record(self._unfinished(), jax.process_count()),
+        )
+        self._checkpointer = ocp.AsyncCheckpointer(integrity.telling(files.handler()), async_options=options)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,16 +67,19 @@ class Checkpoints:
 
         state: dict {params, opt, step, ema (None or absent where none is kept)} of arrays. meta: JSON, its tuples come
         back as lists. metrics: numbers by name, for the best. Waits for the save before this one and raises its
-        UserError; raises UserError, too, if the disk has no room for the state.
+        UserError; raises UserError, too, if the disk has no room for the state. A failure of one process is raised in
+        all of them.
         """
         self.wait()
         if not self._swept:  # not when opened: an evaluation must not touch what a running trainer writes
             self._sweep()
-        if step in files.steps(self.root):
+        words = integrity.agree(_THERE if step in files.steps(self.root) else _no_room(self.root, step, state))
+        if words[0] == _THERE:
             return False
+        if any(words):
+            raise UserError(next(word for word in words if word))
         numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        text = {"meta": to_json(meta), "metrics": numbers, "best_metric": self._best_metric}
-        _check_room(self.root, step, state)
+        text = {"meta": to_json(meta), "metrics": numbers, "best_metric": self._best_metric, "checksums": True}
         if jax.default_backend() == "cpu":  # there Orbax holds the buffers: a step that donates them would wait for it
             state = _copy(state)
         arrays = ocp.args.PyTreeSave(nested(named_leaves(state)))
@@ -77,7 +88,7 @@ class Checkpoints:
         try:
             self._checkpointer.save(self.root / str(step), args=items)
         except _FAILURES as error:
-            self._fail(error)
+            self._fail(error, in_background=False)
         return True
 
     def latest(self) -> int | None:
@@ -92,19 +103,32 @@ class Checkpoints:
         """(state, meta) of a step, with the structure, shapes, dtypes and shardings of `like`.
 
         like: tree of arrays or jax.ShapeDtypeStructs (no sharding: the default device). Raises UserError naming what
-        the checkpoint lacks, has besides, or holds in another shape or dtype.
+        the checkpoint lacks, has besides, or holds in another shape or dtype, and what is damaged.
         """
         self.wait()
         path = self.root / str(step)
-        wrong = differences(files.saved_arrays(path), named_leaves(like))
-        if wrong:
-            raise UserError(
-                f"The checkpoint {path} does not fit this run:\n{wrong}\nUse the config that it was made with."
-            )
-        abstract = nested(named_leaves(jax.tree.map(_abstract, like)))
-        leaves = named_leaves(files.read_arrays(path, abstract, ocp.checkpoint_utils.construct_restore_args(abstract)))
-        state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named_leaves(like)])
-        return state, self.restore_meta(step)
+        if not path.exists():
+            raise UserError(f"No checkpoint at {path}; there are the steps {files.steps(self.root)}.")
+        return integrity.first_whole([path], lambda path: files.read_like(path, like))[1]
+
+    def restore_newest(
+        self, like: Tree, check: Callable[[dict], None] | None = None, read_only: bool = False
+    ) -> tuple[int, Tree, dict] | None:
+        """(step, state, meta) of the newest checkpoint that is whole; None if there is no checkpoint.
+
+        like: as of `restore`. check: called with the meta before arrays are read, raises where it does not fit.
+        A damaged one is said aloud and renamed STEP.damaged, so that its step can be saved again; read_only: not
+        renamed. Raises UserError if all are damaged (none is renamed), and what `restore` and `check` raise.
+        """
+        self.wait()
+        paths = integrity.agreed_paths(self.root, files.steps(self.root)[::-1])
+        if not paths:
+            return None
+        path, (state, meta), damaged = integrity.first_whole(paths, lambda path: files.read_like(path, like, check))
+        if not read_only:
+            integrity.set_aside(list(damaged))
+        integrity.say(damaged, path, "" if read_only else "renamed {}.damaged, ")
+        return int(path.name), state, meta
 
     def restore_meta(self, step: int) -> dict:
         """The meta of a step, without its arrays."""
@@ -115,7 +139,7 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
         except _FAILURES as error:
-            self._fail(error)
+            self._fail(error, in_background=True)
         if self._saving is not None:
             self._saving = None
             self._prune()
@@ -125,8 +149,28 @@ class Checkpoints:
         self.wait()
         self._checkpointer.close()
 
-    def _fail(self, error: Exception) -> None:
+    def _unfinished(self) -> epath.Path:
+        return self._checkpointer.get_temporary_path(self.root / str(self._saving)).get()
+
+    def _together(self, *, key: str, timeout_ms: int) -> None:
+        """In Orbax's thread of each process: when all is written, and again when process 0 has renamed it."""
+        said = ""
+        if "async_write_complete" in key:
+            try:
+                integrity.record_share(self._unfinished(), jax.process_index(), jax.process_count())
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                said = files.cause(error)
+        integrity.all_well(said, timeout_ms)
+
+    def _fail(self, error: Exception, in_background: bool) -> None:
         step, self._saving = self._saving, None
+        for _ in range(8):  # Orbax keeps further failures of the same save for the next one
+            with contextlib.suppress(*_FAILURES):
+                self._checkpointer.wait_until_finished()
+                break
+        if in_background and not isinstance(error, integrity.Told):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 could not rename; the others wait for it
+                integrity.agree(files.cause(error), timeout_ms=60_000)
         self._sweep()
         last = self.latest()
         kept = "No earlier one exists." if last is None else f"The earlier ones are whole, the last of step {last}."
@@ -153,17 +197,10 @@ class Checkpoints:
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
     """The checkpoint that a path means: itself, or of a run's folder the best, the latest where none was evaluated.
 
-    Raises UserError if there is none.
+    Of a run's folder the next best is taken, and said, where one is damaged. Every process makes the same call.
+    Raises UserError if there is none, or none that is whole.
     """
-    path = files.absolute(path)
-    if (path / "state").exists():
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").exists() else path
-    steps = files.steps(root)
-    if not steps:
-        raise UserError(f"No checkpoint in {path}; expected a run's folder, or one of its checkpoints/STEP.")
-    best = files.best(root, files.read_text(root / str(steps[-1]))["best_metric"])
-    return root / str(steps[-1] if best is None else best)
+    return _found(path, lambda path: None)[0]
 
 
 def restore_params(path: epath.PathLike) -> tuple[Tree, dict]:
@@ -172,26 +209,32 @@ def restore_params(path: epath.PathLike) -> tuple[Tree, dict]:
     The parameters are nested dicts of numpy arrays, their moving average where one was kept; the devices that wrote
     them do not matter. Raises UserError if there is no checkpoint or it cannot be read.
     """
-    path = find_checkpoint(path)
-    saved = files.saved_arrays(path)
-    part = "ema" if any(name.startswith("ema/") for name in saved) else "params"
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items() if name.startswith(f"{part}/")}
-    abstract = nested(shapes)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    return files.read_arrays(path, abstract, as_numpy)[part], files.read_text(path)["meta"]
+    return _found(path, files.read_params)[1]
 
 
-def _check_room(root: epath.Path, step: int, state: Tree) -> None:
-    """Say so before a local disk fills, while nothing is half-written."""
+def _found(path: epath.PathLike, read: Callable) -> tuple[epath.Path, Any]:
+    path = files.absolute(path)
+    paths = [path]
+    if not (path / "state").exists():
+        root = path / "checkpoints" if (path / "checkpoints").exists() else path
+        paths = integrity.agreed_paths(root, files.by_merit(root))
+    if not paths:
+        raise UserError(f"No checkpoint in {path}; expected a run's folder, or one of its checkpoints/STEP.")
+    path, result, damaged = integrity.first_whole(paths, read)
+    integrity.say(damaged, path, "")
+    return path, result
+
+
+def _no_room(root: epath.Path, step: int, state: Tree) -> str:
+    """What to say before a local disk fills, while nothing is half-written; "" if there is room.
+
+    Counts every array once: all processes write to the one file system that holds the folder.
+    """
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(root).free if os.path.isdir(root) else need
-    if free < need:
-        raise UserError(
-            f"No room for the checkpoint of step {step} in {root}: it needs {need / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free. Earlier ones are whole. Free space there; the same command then resumes."
-        )
-
-
-def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if free >= need:
+        return ""
+    return (
+        f"No room for the checkpoint of step {step} in {root}: it needs {need / 1e9:.2f} GB, "
+        f"{free / 1e9:.2f} GB are free. Earlier ones are whole. Free space there; the same command then resumes."
+    )

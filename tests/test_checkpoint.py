@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from configs import base
 from input_pipeline.errors import UserError
 from navit_jax import checkpoint
+from navit_jax import checkpoint_integrity as integrity
 from navit_jax.checkpoint import Checkpoints, check_compatible, find_checkpoint, init_from, restore_params
 from navit_jax.compatibility import to_json
 from navit_jax.optim import make_optimizer
@@ -96,6 +98,17 @@ def test_the_next_step_may_donate_the_state_at_once(tmp_path):
     assert old.is_deleted()
     ours.wait()
     assert_same(before, ours.restore(1, abstract(state))[0])
+
+
+def test_training_does_not_wait_for_the_checksums(tmp_path, monkeypatch):
+    go, record = threading.Event(), integrity.record
+    monkeypatch.setattr(integrity, "record", lambda *args: go.wait(60) and record(*args))
+    ours = Checkpoints(tmp_path, 1, "")
+    ours.save(1, small(1), {})
+    assert ours.latest() is None and not go.is_set()  # it came back, and what has no record is no checkpoint
+    go.set()
+    ours.close()
+    assert ours.latest() == 1 and (tmp_path / "1" / "checksums.json").exists()
 
 
 def test_restores_onto_other_devices(tmp_path):
@@ -255,6 +268,64 @@ def test_a_write_that_fails_in_the_background_is_the_users_error(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
 
+def test_a_disk_that_fills_at_the_record_costs_only_that_checkpoint(tmp_path, monkeypatch):
+    ours = Checkpoints(tmp_path, 2, "")
+    ours.save(1, small(1), {})
+    ours.wait()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="step 2 could not .* No space .* last of step 1"),
+    ):
+        patch.setattr(integrity, "record", full)
+        ours.save(2, small(2), {})
+        ours.wait()
+    assert ours.save(2, small(2), {})
+    ours.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_at_any_byte_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """A real file system with 0 to all of the bytes that a checkpoint needs."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system here")
+
+    def resize(kilobytes):
+        subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(tmp_path)], check=True)
+
+    def state(step):
+        return {"params": {f"w{i}": jnp.full(60_000, step + i, jnp.float32) for i in range(6)}, "step": jnp.int32(step)}
+
+    try:
+        ours, outcomes = Checkpoints(tmp_path, 2, ""), []
+        ours.save(1, state(1), {})
+        ours.wait()
+        used = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: used)  # it would say so before the write
+        for spare in [*range(0, 1440, 160), *range(1440, 1520, 4)]:
+            resize(used.used // 1024 + spare)
+            try:
+                ours.save(2, state(2), {})
+                ours.wait()
+                outcomes.append(2)
+            except UserError as error:
+                assert "No space" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+                outcomes.append(1)
+            resize(1 << 20)
+            step, restored, _ = ours.restore_newest(state(0))
+            assert step == outcomes[-1]
+            assert_same(restored, state(step))
+            shutil.rmtree(tmp_path / "2", ignore_errors=True)
+        assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     ours = Checkpoints(tmp_path, 2, "")
     ours.save(1, {"params": {"w": jnp.zeros(10)}}, {})
@@ -282,24 +353,195 @@ def test_a_folder_that_stops_being_writable_is_named(tmp_path):
         ours.save(1, {"params": make_params()}, {})
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    ours = Checkpoints(tmp_path, 2, "")
-    state = {"params": {"w": jnp.zeros(9)}}
-    ours.save(1, state, {})
+def damage(file, how, rng):
+    data = bytearray(file.read_bytes())
+    if how == "delete":
+        return file.unlink()
+    if how == "truncate":
+        data = data[: int(rng.integers(0, len(data)))]
+    elif how == "flip":
+        data[int(rng.integers(0, len(data)))] ^= 1 << int(rng.integers(0, 8))
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A run's folder with the checkpoints 1 and 2, of which 2 has the better score."""
+    ours = Checkpoints(tmp_path_factory.mktemp("run") / "checkpoints", 2, "acc")
+    for step in (1, 2):
+        ours.save(step, small(step), {"step": step}, {"acc": step})
     ours.close()
-    array = tmp_path / "1" / "state" / "params.w"
-    (array / "0").write_bytes((array / "0").read_bytes()[:-1])
-    with pytest.raises(UserError, match="Cannot read .*/1"):
-        restore_params(tmp_path / "1")
-    (array / "0").unlink()
-    with pytest.raises(UserError, match="Cannot read .*/1: .*params.w.*missing"):
-        ours.restore(1, state)
-    shutil.rmtree(array)
-    with pytest.raises(UserError, match="Cannot read .*/1"):
-        restore_params(tmp_path / "1")
-    (tmp_path / "1" / "meta" / "meta.json").unlink()
-    with pytest.raises(UserError, match="meta.json"):
-        ours.restore_meta(1)
+    return Path(ours.root.parent)
+
+
+def small(step):
+    return {"params": {"w": jnp.arange(9.0) + step, "b": jnp.ones((), jnp.bfloat16)}, "step": jnp.int32(step)}
+
+
+NOT_READ = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "flip"])
+def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(tmp_path, two_steps, how, capsys):
+    rng = np.random.default_rng(len(how))
+    names = sorted(p.relative_to(two_steps) for p in two_steps.glob("checkpoints/2/**/*") if p.is_file())
+    assert len(names) > 12 and all(p.stat().st_size for p in two_steps.glob("checkpoints/2/**/*"))
+    for i, name in enumerate(names):
+        run = tmp_path / str(i)
+        shutil.copytree(two_steps, run)
+        damage(run / name, how, rng)
+        params, meta = restore_params(run)
+        step, state, newest_meta = Checkpoints(run / "checkpoints", 2, "acc").restore_newest(small(0))
+        assert_same(state, small(step))
+        assert_same(params, jax.tree.map(np.asarray, small(step)["params"]))
+        assert newest_meta == meta == {"step": step}
+        said = capsys.readouterr().out.splitlines()
+        if name.name in NOT_READ:
+            assert step == 2 and not said
+            continue
+        assert step == 1, (how, name)
+        file = str(Path(*name.parts[2:]))
+        for line, renamed in zip(said, ("", "renamed 2.damaged, "), strict=True):
+            assert line.startswith(f"DAMAGED checkpoint {run / 'checkpoints' / '2'}: ") and file in line, (line, file)
+            assert line.endswith(f"; {renamed}step 1 is used instead")
+        assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1", "2.damaged"]
+
+
+def test_a_damaged_step_can_be_saved_again_and_pruning_leaves_the_damaged_alone(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "run")
+    root = tmp_path / "run" / "checkpoints"
+    for again in range(2):
+        (root / "2" / "state" / "params.w" / "0").unlink()
+        ours = Checkpoints(root, 2, "acc")
+        assert ours.restore_newest(small(0))[0] == 1 and ours.latest() == ours.best() == 1, again
+        assert ours.save(2, small(2), {"step": 2}, {"acc": 2})
+        ours.wait()
+    (root / "1" / "meta" / "meta.json").write_text("")  # the best one is looked for when others are saved
+    assert ours.save(3, small(3), {}) and ours.save(4, small(4), {})
+    ours.close()
+    assert sorted(p.name for p in root.iterdir()) == ["2", "2.damaged", "3", "4"]
+
+
+def test_all_damaged_is_the_users_error_that_names_each_and_nothing_is_renamed(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "run")
+    root = tmp_path / "run" / "checkpoints"
+    (root / "1" / "state" / "params.w" / "0").unlink()
+    (root / "2" / "meta" / "meta.json").write_text("{")
+    for use in (lambda: Checkpoints(root, 2, "").restore_newest(small(0)), lambda: restore_params(root.parent)):
+        with pytest.raises(UserError) as error:
+            use()
+        assert error.match(r"Cannot read .*/1: state/params.w/0: missing") and error.match(r"/2: meta/meta.json")
+        assert error.match("another --workdir")
+    assert sorted(p.name for p in root.iterdir()) == ["1", "2"]
+
+
+def test_reading_only_renames_nothing_and_says_what_it_uses(tmp_path, two_steps, capsys):
+    shutil.copytree(two_steps, tmp_path / "run")
+    root = tmp_path / "run" / "checkpoints"
+    damage(root / "2" / "state" / "params.w" / "0", "flip", np.random.default_rng(0))
+    assert Checkpoints(root, 2, "").restore_newest(small(0), read_only=True)[0] == 1
+    assert find_checkpoint(root.parent).name == "1"
+    assert capsys.readouterr().out.count("step 1 is used instead") == 2
+    with pytest.raises(UserError, match=r"Cannot read .*/2: state/params.w/0: its bytes changed"):
+        restore_params(root / "2")
+    with pytest.raises(UserError, match=r"Cannot read .*/2: state/params.w/0: its bytes changed"):
+        Checkpoints(root, 2, "").restore(2, small(0))
+    assert sorted(p.name for p in root.iterdir()) == ["1", "2"]
+
+
+def test_what_does_not_fit_is_no_damage(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path / "run")
+    ours = Checkpoints(tmp_path / "run" / "checkpoints", 2, "")
+    with pytest.raises(UserError, match="params/w: .*does not fit|does not fit this run"):
+        ours.restore_newest({"params": {"w": jnp.zeros(3)}})
+    seen = []
+
+    def refuse(meta):
+        seen.append(meta)
+        raise UserError("another run")
+
+    with pytest.raises(UserError, match="another run"):
+        ours.restore_newest(small(0), refuse)
+    assert seen == [{"step": 2}]
+    assert Checkpoints(tmp_path / "none", 2, "").restore_newest(small(0)) is None
+
+
+def forget_record(path):
+    """The checkpoint as the version before wrote it."""
+    (path / "checksums.json").unlink()
+    file = path / "meta" / "meta.json"
+    text = json.loads(file.read_text())
+    del text["checksums"]
+    file.write_text(json.dumps(text))
+
+
+def test_checkpoints_without_a_record_are_read_and_their_visible_damage_falls_back(tmp_path, two_steps, capsys):
+    files = ["meta/meta.json", "state/_METADATA", "state/params.w/0", "state/params.w/.zarray"]
+    for i, name in enumerate([None, *files]):
+        run = tmp_path / str(i)
+        shutil.copytree(two_steps, run)
+        for step in ("1", "2"):
+            forget_record(run / "checkpoints" / step)
+        if name:
+            damage(run / "checkpoints" / "2" / name, "truncate", np.random.default_rng(i))
+        step, state, _ = Checkpoints(run / "checkpoints", 2, "").restore_newest(small(0))
+        assert_same(state, small(step))
+        assert step == (1 if name else 2) and ("DAMAGED" in capsys.readouterr().out) == bool(name), name
+
+
+@pytest.mark.parametrize("writers", [1, 2, 5])
+@pytest.mark.parametrize("readers", [1, 2, 3, 7])
+def test_every_file_is_verified_by_exactly_one_reader(tmp_path, writers, readers):
+    for i in range(11):
+        (tmp_path / "state" / f"array{i % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "state" / f"array{i % 3}" / str(i)).write_text("x" * i)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "meta.json").write_text('{"meta": {}, "metrics": {}, "best_metric": "", "checksums": true}')
+    (tmp_path / "state" / "_METADATA").write_text("{}")
+    for i in range(writers if writers > 1 else 0):
+        integrity.record_share(tmp_path, i, writers)
+    integrity.record(tmp_path, writers)
+    assert not any(integrity.problem(tmp_path, i, readers) for i in range(readers))
+    for file in (tmp_path / "state").glob("*/*"):
+        text = file.read_text()
+        file.write_text(text + "y")
+        found = list(filter(None, (integrity.problem(tmp_path, i, readers) for i in range(readers))))
+        assert found == [f"{file.relative_to(tmp_path)}: {len(text) + 1} bytes, {len(text)} were written"]
+        file.write_text(text)
+    for share in tmp_path.glob("checksums.*.json"):
+        text = share.read_text()
+        share.unlink()
+        assert any(integrity.problem(tmp_path, i, readers) == f"{share.name}: missing" for i in range(readers))
+        share.write_text(text)
+
+
+KILLED = """
+    import os, signal, sys, jax.numpy as jnp
+    from navit_jax import checkpoint_integrity as integrity
+    from navit_jax.checkpoint import Checkpoints
+    ours, record = Checkpoints(sys.argv[1], 2, ""), integrity.record
+    ours.save(1, {"params": {"w": jnp.zeros(10)}}, {})
+    ours.wait()
+    def last(*args):
+        if sys.argv[2] == "after":
+            record(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+    integrity.record = last
+    ours.save(2, {"params": {"w": jnp.ones(10)}}, {})
+    ours.close()
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_around_the_record_leaves_the_checkpoint_before(tmp_path, when):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), when], **process())
+    assert done.returncode == -signal.SIGKILL
+    ours = Checkpoints(tmp_path, 2, "")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert ours.restore_newest({"params": {"w": jnp.zeros(10)}})[0] == 1
+    assert ours.save(2, {"params": {"w": jnp.ones(10)}}, {})
+    ours.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_opening_leaves_the_files_of_a_running_trainer_alone(tmp_path):
