@@ -4,13 +4,16 @@ import functools
 import io
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline import size_index
 from input_pipeline.decode import decode
-from input_pipeline.errors import DecodeError
+from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.size_index import HEAD, cache_dir, sizes, write_cached
 from input_pipeline.sources import Record, open_source
 
@@ -169,3 +172,100 @@ def test_a_folder_changed_on_disk_is_indexed_again(tmp_path):
         path.write_bytes(encoded(*shape))
         source = open_source(f"folder={tmp_path}/data", "train", hold_out=False)
         assert sizes(source, tmp_path / "cache").tolist() == [list(shape)]
+
+
+class Threads:
+    """Processes of a run, played by threads: `gather` meets at a barrier, and one that does not come is an error."""
+
+    def __init__(self, count):
+        self.count, self.values, self.barrier = count, [None] * count, threading.Barrier(count, timeout=10)
+
+    def run(self, sources, folders):
+        """What `sizes` returns or raises in each."""
+
+        def one(rank):
+            try:
+                return sizes(sources[rank], folders[rank], num_threads=2, progress=False, group=Member(self, rank))
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(one, range(self.count)))
+
+
+class Member:
+    def __init__(self, threads, rank):
+        self.threads, self.rank, self.count = threads, rank, threads.count
+
+    def gather(self, x):
+        self.threads.values[self.rank] = np.array(x)
+        self.threads.barrier.wait()
+        values = [v.copy() for v in self.threads.values]
+        self.threads.barrier.wait()
+        assert len({(v.shape, v.dtype) for v in values}) == 1
+        return np.stack(values)
+
+
+@pytest.mark.parametrize("count, images", [(2, 303), (3, 301), (4, 3), (3, 1)])
+def test_processes_read_a_part_each_and_all_have_the_whole(count, images, tmp_path):
+    files = mixed()[:images]
+    sources = [Files(files) for _ in range(count)]
+    wanted = sizes(Files(files), tmp_path / "alone", progress=False)
+    for found in Threads(count).run(sources, [tmp_path / "shared"] * count):
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == np.int32
+    reads = [source.reads for source in sources]
+    assert sum(reads) == images and max(reads) == -(-images // count)
+    (kept,) = (tmp_path / "shared").iterdir()
+    np.testing.assert_array_equal(np.load(kept), wanted)
+    for found in Threads(count).run(sources, [tmp_path / "shared"] * count):
+        np.testing.assert_array_equal(found, wanted)
+    assert [source.reads for source in sources] == reads
+
+
+def test_only_the_first_process_writes_into_a_shared_folder(tmp_path, monkeypatch):
+    writers = []
+    monkeypatch.setattr(
+        size_index, "write_cached", lambda path, write: (writers.append(path), write_cached(path, write))
+    )
+    Threads(3).run([Files(mixed()) for _ in range(3)], [tmp_path] * 3)
+    assert len(writers) == 1
+
+
+@pytest.mark.parametrize("holder", [0, 2])
+def test_a_cache_in_one_process_alone_is_used_and_nobody_waits_for_ever(holder, tmp_path):
+    folders = [tmp_path / str(rank) for rank in range(3)]
+    wanted = sizes(Files(mixed()), folders[holder], progress=False)
+    sources = [Files(mixed()) for _ in range(3)]
+    for found in Threads(3).run(sources, folders):
+        np.testing.assert_array_equal(found, wanted)
+    assert sources[holder].reads == 0 and all(source.reads for source in sources if source is not sources[holder])
+    for folder in folders:  # each host keeps its own where the folder is not shared
+        (kept,) = folder.iterdir()
+        np.testing.assert_array_equal(np.load(kept), wanted)
+
+
+def test_an_image_that_one_process_cannot_reach_keeps_all_from_writing(tmp_path):
+    files = [encoded(5, 6), b"no image", OSError("network"), encoded(7, 8)]
+    sources = [Files(files) for _ in range(2)]
+    for found in Threads(2).run(sources, [tmp_path, tmp_path]):
+        assert found.tolist() == [[5, 6], [0, 0], [0, 0], [7, 8]]
+    assert not list(tmp_path.iterdir())
+    for source in sources:
+        source.files = [*files[:2], encoded(9, 10), files[3]]
+    for found in Threads(2).run(sources, [tmp_path, tmp_path]):
+        assert found.tolist() == [[5, 6], [0, 0], [9, 10], [7, 8]]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_processes_with_other_data_are_told_so_in_all_of_them(tmp_path):
+    sources = [Files(mixed()), Files(mixed()), Files(mixed()[:7], name="copy")]
+    errors = Threads(3).run(sources, [tmp_path] * 3)
+    assert all(isinstance(error, UserError) for error in errors)
+    assert all("process 0 has 304 images, and process 2 (7)" in str(error) for error in errors)
+    assert not any(source.reads for source in sources)
+
+
+def test_processes_with_other_data_are_told_so_where_sizes_are_known(tmp_path):
+    sources = [open_source("shapes", split) for split in ("train", "validation")]
+    assert all(isinstance(error, UserError) for error in Threads(2).run(sources, [tmp_path] * 2))
