@@ -5,6 +5,7 @@ planning rows dry, so that every model knows its number of steps and ends with i
 off at a common budget would be judged in the middle of a schedule.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import packing, stream
 from input_pipeline.sources.shapes import ASPECTS
-from navit_jax import losses, navit, optim, sharding, train_step
-from navit_jax.evaluators import classification, outputs
+from navit_jax import losses, navit, optim, sharding, start, train_step
+from navit_jax.evaluators import classification
 
 NATIVE, SQUASHED, SQUARE = "NaViT, native", "NaViT, squashed", "ViT, fixed square"
 # Each the best of 2e-4, 3e-4 and 1e-3 (the squares of 1e-4 too) at a quarter of the compute; 1e-3 fails for all.
@@ -66,12 +67,14 @@ def recipe(name: str) -> ConfigDict:
 def build(config: ConfigDict) -> SimpleNamespace:
     """Rows, model and evaluation; nothing is trained yet."""
     train, held_out = stream.open_images(config, "train"), stream.open_images(config, "eval")
-    mesh = sharding.make_mesh(config.packing.rows_per_step)
+    mesh = sharding.make_mesh()
+    sharding.check_rows(mesh, config.packing.rows_per_step)
     model = navit.from_config(config.model, channels=config.data.channels, num_classes=train.classes)
     graph, shapes = navit.abstract(model)
     subset = np.arange(SUBSET) * len(held_out.sizes) // SUBSET
     some, every = stream.eval_loaders(config, [(held_out, TOKENS, subset), (held_out, TOKENS, None)])
-    put, forward = outputs.putter(mesh, stream.eval_rows(config)), train_step.make_forward(graph, mesh)
+    put = functools.partial(sharding.put, mesh, count=stream.eval_rows(config))
+    forward = train_step.make_forward(graph, mesh, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
 
     def accuracy(params: dict, loader: object) -> float:
         return classification.run(forward, params, loader, put, num_classes=train.classes)["top1"]
@@ -107,15 +110,16 @@ def training(run: SimpleNamespace, steps: int, lr: float) -> Iterator[tuple[dict
     """(state, tokens of each image) behind compilation and behind each step, which may still be running."""
     config, count, compiled = run.config, run.config.packing.rows_per_step, None
     tx = optimizer(run, steps, lr)
-    state = train_step.init_state(navit.init_params(run.model, config.seed), tx, False)
-    state = jax.device_put(state, sharding.replicated(run.mesh))
-    step = train_step.make_train_step(run.graph, tx, losses.make_loss(config.loss), run.mesh, seed=config.seed)
+    places = jax.tree.map(lambda leaf: leaf.sharding, start.shapes(run.shapes, tx, False, run.mesh))
+    state = train_step.new_state(functools.partial(navit.init_params, run.model, config.seed), tx, False, places)
+    loss, host = losses.make_loss(config.loss), sharding.put_host(run.mesh, [0.0])
+    step = train_step.make_train_step(run.graph, tx, loss, run.mesh, places, seed=config.seed)
     for batch, _ in run.rows.loader(steps):
         rows = sharding.put(run.mesh, batch, count)
         if compiled is None:
-            compiled = step.lower(state, rows).compile()
+            compiled = step.lower(state, rows, host).compile()
             yield state, np.zeros(0, int)
-        state, _ = compiled(state, rows)
+        state, _ = compiled(state, rows, host)
         slots_K = np.arange(1, batch.index.shape[1] + 1)
         lengths_BK = (batch.images.segment_ids[:, None, :] == slots_K[:, None]).sum(-1)
         yield state, lengths_BK[lengths_BK > 0]

@@ -117,6 +117,14 @@ def optim() -> ConfigDict:
     return c
 
 
+def mesh() -> ConfigDict:
+    c = ConfigDict()  # sizes of the axes; their product is the number of devices, -1 is what is left of it
+    c.data = -1  # rows are split, parameters are copied
+    c.fsdp = 1  # rows are split, and parameters, moments and average too; gathered layer by layer
+    c.tensor = 1  # heads and MLP are split; the same rows
+    return c
+
+
 def evaluation() -> ConfigDict:
     c = ConfigDict()
     c.token_budgets = (64, 128, 256)  # each image is resized to at most this many tokens
@@ -140,7 +148,7 @@ def get_config() -> ConfigDict:
     c.init_from = ""  # a run's folder or checkpoint to fine-tune from
     c.loss = ConfigDict(dict(kind="sigmoid", label_smoothing=0.0))  # sigmoid | softmax
     c.data, c.packing, c.resolution, c.drop, c.augment = data(), packing(), resolution(), drop(), augment()
-    c.model, c.optim, c.eval = model(), optim(), evaluation()
+    c.model, c.optim, c.mesh, c.eval = model(), optim(), mesh(), evaluation()
     return c.lock()
 
 

@@ -13,6 +13,7 @@ from input_pipeline.budget import Sampler
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.rows import RowBuilder
+from input_pipeline.size_index import Group
 from input_pipeline.size_index import sizes as read_sizes
 from input_pipeline.sources import Source, open_source
 
@@ -30,8 +31,11 @@ class Images:
     classes: int
 
 
-def open_images(config: ConfigDict, split: str) -> Images:
-    """The images of `train` or `eval`. Raises UserError when too many headers are unreadable."""
+def open_images(config: ConfigDict, split: str, group: Group | None = None) -> Images:
+    """The images of `train` or `eval`. Raises UserError when too many headers are unreadable.
+
+    group: the processes of the run, which read the headers together.
+    """
     data = config.data
     spec = (data.eval_source or data.source) if split == "eval" else data.source
     name = data.eval_split if split == "eval" else data.train_split
@@ -45,7 +49,7 @@ def open_images(config: ConfigDict, split: str) -> Images:
     )
     if not len(source):
         raise UserError(f"{spec} has no images in its split {name!r}")
-    sizes = read_sizes(source)
+    sizes = read_sizes(source, group=group)
     bad = np.flatnonzero(sizes.min(axis=1) == 0)
     for i in bad[:10]:
         log.warning("unreadable header, left out: %s", source.describe(int(i)))
@@ -141,9 +145,18 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
 
 
 def eval_loader(
-    config: ConfigDict, images: Images, budget: int, *, slots: int = 0, indices: np.ndarray | None = None
+    config: ConfigDict,
+    images: Images,
+    budget: int,
+    *,
+    slots: int = 0,
+    indices: np.ndarray | None = None,
+    local: Sequence[int] | None = None,
 ) -> Loader:
-    """Every image once (or `indices`), at most `budget` tokens each, whole steps with empty rows at the end."""
+    """Every image once (or `indices`), at most `budget` tokens each, whole steps with empty rows at the end.
+
+    local: which of a step's rows this process builds; None: all.
+    """
     if indices is None and 0 < config.eval.max_examples < len(images.sizes):  # spread over the set, which may be sorted
         indices = np.arange(config.eval.max_examples) * len(images.sizes) // config.eval.max_examples
     sampler = Sampler(config, images.sizes, patch_size(config), budget, indices)
@@ -152,7 +165,7 @@ def eval_loader(
     plan = _plan_options(config, sampler, length, slots) | dict(stop=len(sampler.indices))
     count = sum(1 for _ in packing.Planner(sampler, **plan))
     builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
-    return Loader(builder, plan, rows=rows, steps=-(-count // rows))
+    return Loader(builder, plan, rows=rows, steps=-(-count // rows), local=local)
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -160,14 +173,17 @@ def eval_rows(config: ConfigDict) -> int:
     return config.eval.rows_per_step or config.packing.rows_per_step
 
 
-def eval_loaders(config: ConfigDict, wanted: Sequence[tuple[Images, int, np.ndarray | None]]) -> list[Loader]:
+def eval_loaders(
+    config: ConfigDict, wanted: Sequence[tuple[Images, int, np.ndarray | None]], local: Sequence[int] | None = None
+) -> list[Loader]:
     """Evaluation rows for each (images, budget, indices), all with one L and one K, so the model compiles once."""
     config = config.copy_and_resolve_references()
     config.packing.row_length = max(config.packing.row_length, *(budget for _, budget, _ in wanted))
-    loaders = [eval_loader(config, images, budget, indices=indices) for images, budget, indices in wanted]
+    make = functools.partial(eval_loader, config, local=local)
+    loaders = [make(images, budget, indices=indices) for images, budget, indices in wanted]
     slots = max(loader.builder.slots for loader in loaders)
     return [
-        loader if loader.builder.slots == slots else eval_loader(config, images, budget, indices=indices, slots=slots)
+        loader if loader.builder.slots == slots else make(images, budget, indices=indices, slots=slots)
         for loader, (images, budget, indices) in zip(loaders, wanted, strict=True)
     ]
 

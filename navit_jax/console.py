@@ -19,14 +19,18 @@ from tqdm import tqdm
 
 from configs.base import EMBEDDED
 from input_pipeline.errors import UserError
-from navit_jax import navit
+from navit_jax import distributed, navit
 
 
 class _BarHandler(logging.Handler):
-    """Log lines above the progress bar, not through it."""
+    """Log lines above the progress bar, not through it; those of other processes with their number."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        text = self.format(record)
+        if distributed.is_lead():
+            tqdm.write(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
 
 def open_workdir(given: str, name: str, must_exist: bool) -> Path:
@@ -34,13 +38,16 @@ def open_workdir(given: str, name: str, must_exist: bool) -> Path:
     logging.basicConfig(handlers=[_BarHandler()], level=logging.WARNING, format="%(message)s", force=True)
     if "://" in given:
         raise UserError(f"--workdir={given}: runs are written to local folders, found an address")
-    workdir = Path(given or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if not distributed.is_lead():  # the lead's words are enough; mistakes and warnings go to stderr
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    workdir = Path(given or _agreed(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
     if must_exist and not workdir.is_dir():
         raise UserError(f"--eval_only found no folder {workdir}. Give --workdir of a run.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(
             f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."
@@ -49,6 +56,11 @@ def open_workdir(given: str, name: str, must_exist: bool) -> Path:
     print(f"run: {workdir}\nto resume: python {shlex.join(command)}", flush=True)
     warn_unused_accelerator()
     return workdir
+
+
+def _agreed(text: str) -> str:
+    """Process 0's text, in every process; up to 256 bytes."""
+    return distributed.broadcast(np.array(text.encode(), "S256")).item().decode()
 
 
 def fit_schedule(optim: ConfigDict, total: int) -> None:
@@ -67,6 +79,8 @@ def fit_schedule(optim: ConfigDict, total: int) -> None:
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """config.json, for people. Raises UserError where the disk is full."""
+    if not distributed.is_lead():
+        return
     try:
         (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
     except OSError as error:
@@ -89,7 +103,9 @@ def warn_unused_accelerator() -> None:
             return
 
 
-def describe(config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTConfig, total: int) -> None:
+def describe(
+    config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTConfig, total: int, mesh: jax.sharding.Mesh
+) -> None:
     """The run in a few lines: data, packing, model."""
     found, source = rows.report, config.data.source
     if source in EMBEDDED:
@@ -105,9 +121,17 @@ def describe(config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTCon
         f"images a row, {found.tokens / found.images:.0f} tokens an image, {100 * found.fill:.2f} % filled\n"
         f"model: {config.model.variant}, {navit.count_params(navit.abstract(model)[1]) / 1e6:.1f} M parameters, "
         f"{jnp.dtype(model.compute_dtype).name} on "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); {total} steps",
+        f"{_machines(mesh)}; {total} steps",
         flush=True,
     )
+
+
+def _machines(mesh: jax.sharding.Mesh) -> str:
+    """8 cpu devices (data 2 x fsdp 4) of 2 processes."""
+    text = f"{mesh.size} {jax.devices()[0].device_kind} device" + "s" * (mesh.size > 1)
+    if mesh.size > 1:
+        text += " (" + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) + ")"
+    return text + f" of {jax.process_count()} processes" * (jax.process_count() > 1)
 
 
 def config_path() -> str:
@@ -117,11 +141,11 @@ def config_path() -> str:
     return given.split(":")[0]
 
 
-def compile_step(step: Any, state: dict, batch: Any) -> Any:
+def compile_step(step: Any, *args: Any) -> Any:
     """The training step compiled ahead of its first call, saying how long it took."""
     start = time.perf_counter()
     print("compiling the step ...", end=" ", flush=True)
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(*args).compile()
     print(f"{time.perf_counter() - start:.1f} s", flush=True)
     return compiled
 
@@ -133,7 +157,8 @@ def non_finite(workdir: Path, step: int, index: np.ndarray, sums: dict, names: C
     """
     images = index[index >= 0].tolist()
     path = workdir / "non_finite.json"
-    path.write_text(json.dumps(dict(step=step, images=images, names=[names(i) for i in images]), indent=1))
+    if distributed.is_lead():
+        path.write_text(json.dumps(dict(step=step, images=images, names=[names(i) for i in images]), indent=1))
     shown = ", ".join(map(str, images[:16])) + (", ..." if len(images) > 16 else "")
     again = "" if last is None else f" with --config.init_from={workdir}"
     return UserError(

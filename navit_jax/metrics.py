@@ -4,14 +4,20 @@ Utilisation is useful FLOPs (of real tokens) against the peak that the maker sta
 compare with papers. A CPU's stated peak says little: there, and on unknown devices, a matrix product is timed instead.
 """
 
+import contextlib
 import functools
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+
+from input_pipeline.packed import Batch
+from navit_jax import navit
 
 # Dense bfloat16 (float16 on V100 and T4) of one jax device in 1e12 FLOP/s, from the makers' data sheets; where those
 # count sparsity, half. One device is half of a TPU v2, v3 or v7x chip.
@@ -57,6 +63,16 @@ def _measure(device: jax.Device, dtype: str, size: int) -> float:
     return 2 * size**3 / best
 
 
+def of_rows(model: navit.NaViTConfig, batch: Batch, info: Any) -> tuple[float, int]:
+    """(useful training FLOPs, unusable images) of the rows that this process built; info: the loader's."""
+    ids = batch.images.segment_ids
+    lengths = np.bincount((ids + np.arange(len(ids))[:, None] * (ids.max() + 1))[ids > 0])
+    return 3 * navit.flops_forward(model, lengths[lengths > 0]), len(info.bad)  # backward is two forwards' products
+
+
+PARTS = ("data", "h2d", "compute")
+
+
 class Meter:
     """Sums over the steps since the last `flush`, and the time they took.
 
@@ -69,7 +85,26 @@ class Meter:
 
     def restart(self) -> None:
         """Forget the steps since the last flush and start the clock: after compilation, evaluation, a checkpoint."""
-        self._sums, self._start = {}, time.perf_counter()
+        self._sums, self._times, self._start = {}, dict.fromkeys(PARTS, 0.0), time.perf_counter()
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time inside to one of `PARTS`, of which a step's time is made."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._times[part] += time.perf_counter() - max(start, self._start)
+
+    def waits(self, items: Iterable) -> Iterator:
+        """The items; the time until each comes counts as `data`."""
+        iterator = iter(items)
+        while True:
+            with self.timed("data"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
 
     def add(self, sums: Mapping[str, float], *, slots: int, flops: float, skipped: int = 0) -> None:
         """Add a step. sums: `loss`, `correct`, `images` and `tokens` of it, summed over its real images; `grad_norm`.
@@ -84,6 +119,8 @@ class Meter:
 
         `train/loss`, `train/accuracy` are means over images; `train/grad_norm` over steps; `train/images_per_s`,
         `train/tokens_per_s` count real ones; `train/mfu` and `data/fill` are shares; `data/skipped` is a count.
+        `time/step_s` is a mean over steps, and of it the host spent `time/data_s` waiting for rows, `time/h2d_s`
+        handing them to the device and `time/compute_s` dispatching steps and waiting for them.
         """
         if not self._sums:
             return {}
@@ -98,6 +135,8 @@ class Meter:
             "train/mfu": s["flops"] / seconds / self._peak,
             "data/fill": s["tokens"] / s["slots"],
             "data/skipped": s["skipped"],
+            "time/step_s": seconds / s["steps"],
+            **{f"time/{part}_s": self._times[part] / s["steps"] for part in PARTS},
         }
 
     def flush(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
-from navit_jax import pooling, positions, transformer
+from navit_jax import pooling, positions, sharding, transformer
 from navit_jax.attention import make_groups
 from navit_jax.patch_embed import PatchEmbed
 
@@ -80,6 +80,13 @@ def from_config(model: ConfigDict | Mapping, *, channels: int, num_classes: int,
     return NaViTConfig(**sizes, **shared, channels=channels, num_classes=num_classes, head_bias=head_bias)
 
 
+def for_classes(config: ConfigDict, classes: int) -> tuple[NaViTConfig, nnx.GraphDef, dict]:
+    """(model, graphdef, parameter shapes) of a run's whole config, whose loss decides the head's first bias."""
+    head_bias = -float(np.log(classes)) if config.loss.kind == "sigmoid" else 0.0
+    model = from_config(config.model, channels=config.data.channels, num_classes=classes, head_bias=head_bias)
+    return model, *abstract(model)
+
+
 class NaViT(nnx.Module):
     """Patch embedding, positions, encoder, pooling, head. Source: Dehghani et al. 2023 (2307.06304)."""
 
@@ -110,7 +117,7 @@ class NaViT(nnx.Module):
         """
         cfg, slots, length = self.cfg, images.grids.shape[1], images.segment_ids.shape[1]
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
-        x_BLD = self.embed(images.values)
+        x_BLD = sharding.constrain(self.embed(images.values), "BLD")
         sides_BL2 = positions.token_sides(images.segment_ids, images.grids)
         if cfg.posemb not in ("rope", "none"):
             x_BLD = x_BLD + self.posemb(images.coords, sides_BL2).astype(x_BLD.dtype)
@@ -132,7 +139,8 @@ class NaViT(nnx.Module):
         """
         slots = images.grids.shape[1]
         pool = self.pool if self.cfg.pool == "map" else pooling.mean_pool
-        pooled_BKD = pool(self.tokens(images, key=key), images.segment_ids, slots)
+        x_BLD = sharding.constrain(self.tokens(images, key=key), "BLD")
+        pooled_BKD = sharding.constrain(pool(x_BLD, images.segment_ids, slots), "BKD")
         logits_BKC = self.head(pooled_BKD) if self.cfg.num_classes else pooled_BKD
         return logits_BKC, {"pooled": pooled_BKD}
 

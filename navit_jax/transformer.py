@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from input_pipeline.errors import UserError
-from navit_jax import attention, positions
+from navit_jax import attention, positions, sharding
 
 REMAT = {
     "none": None,
@@ -214,6 +214,7 @@ def encode(
             y_BLD = dropout(y_BLD, cfg.dropout, drop_key)
             return drop_images(y_BLD, groups.ids_BL, slots, rate, depth_key) if cfg.stochastic_depth else y_BLD
 
+        x_BLD = sharding.constrain(x_BLD, "BLD")
         return nnx.merge(graphdef, params)(x_BLD, groups, rope, branch), None
 
     if REMAT[cfg.remat] is not None:

@@ -13,6 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline.errors import UserError
+from navit_jax.distributed import is_lead
+
+
+def open_writer(folder: str | os.PathLike, resume_step: int | None) -> "MetricWriter | Silent":
+    """The run's writer in process 0, one that writes nothing in the others."""
+    return MetricWriter(folder, resume_step) if is_lead() else Silent()
+
+
+class Silent:
+    """Takes the numbers of a run that another process writes."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class MetricWriter:

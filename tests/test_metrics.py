@@ -105,7 +105,10 @@ def test_a_meters_means_are_over_all_images(monkeypatch):
     ]
     for sums, skipped in steps:
         meter.add(sums, slots=100, flops=4e11, skipped=skipped)
-    now[0] += 4.0
+    for part, seconds in (("data", 0.5), ("h2d", 0.25), ("compute", 2.0), ("data", 0.5)):
+        with meter.timed(part):
+            now[0] += seconds
+    now[0] += 0.75
     expected = {
         "train/loss": 1.0,
         "train/accuracy": 3 / 8,
@@ -115,6 +118,10 @@ def test_a_meters_means_are_over_all_images(monkeypatch):
         "train/mfu": 0.2,
         "data/fill": 0.8,
         "data/skipped": 3,
+        "time/step_s": 2.0,
+        "time/data_s": 0.5,
+        "time/h2d_s": 0.125,
+        "time/compute_s": 1.0,
     }
     assert meter.peek() == pytest.approx(expected)
     assert line(meter.peek()) == "loss 1, accuracy 37.5%, 2 images/s, 40 tokens/s, fill 80.0%, MFU 20.0%"
@@ -125,6 +132,27 @@ def test_a_meters_means_are_over_all_images(monkeypatch):
     now[0] += 1.0
     assert meter.peek()["train/images_per_s"] == pytest.approx(2.0)
     assert meter.peek()["data/skipped"] == 0
+
+
+def test_waiting_for_rows_counts_as_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = Meter(peak=1e12)
+
+    def slow():
+        for i in range(3):
+            now[0] += 2.0
+            yield i
+
+    got = []
+    for i in meter.waits(slow()):
+        got.append(i)
+        now[0] += 10.0
+        if i == 0:
+            meter.restart()  # what was waited for before does not count
+        meter.add(dict(loss=0.0, correct=0, images=1, tokens=1, grad_norm=0.0), slots=1, flops=0.0)
+    assert got == [0, 1, 2]
+    assert meter.peek()["time/data_s"] == pytest.approx(4 / 3)
 
 
 def test_rows_without_an_image_are_no_error():

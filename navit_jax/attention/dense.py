@@ -65,4 +65,4 @@ def _dot_transposed(weights_BNLM: jax.Array, x_BNLH: jax.Array) -> jax.Array:
 
 def _pin(x: jax.Array) -> jax.Array:
     """Keeps the CPU compiler from folding a transpose back into the product next to it."""
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

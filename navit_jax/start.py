@@ -1,0 +1,70 @@
+"""The state that a run starts from: of its newest whole checkpoint, of another run's parameters, or random.
+
+It is made where it will lie: each device computes or reads its own part, so a model that no single device can hold
+starts as one that fits everywhere does.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from input_pipeline.errors import UserError
+from navit_jax import checkpoint, navit, sharding, train_step
+
+
+class Start(NamedTuple):
+    """state: placed arrays. step: how many were trained. snapshot: of the planner behind them; None: a new run."""
+
+    state: train_step.State
+    step: int
+    snapshot: dict | None
+
+
+def shapes(params: dict, tx: optax.GradientTransformation, ema: bool, mesh: Mesh) -> train_step.State:
+    """The state's shapes, each with its sharding; params: shapes of the parameters."""
+    like = jax.eval_shape(lambda p: train_step.init_state(p, tx, ema), params)
+    places = sharding.state_shardings(mesh, like)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like, places)
+
+
+def restore(checkpoints: checkpoint.Checkpoints, like: train_step.State, meta: dict | None) -> Start | None:
+    """From the newest whole checkpoint; None where there is none.
+
+    meta: of this run, which the checkpoint's must allow to go on; None: anything (evaluation). Raises UserError.
+    """
+
+    def check(found: dict) -> None:
+        if meta is not None:
+            checkpoint.check_compatible(found, meta)
+
+    found = checkpoints.restore_newest(like, check, read_only=meta is None)
+    if found is None:
+        return None
+    step, state, meta_then = found
+    tqdm.write(f"resumed at step {step}")
+    return Start(state, step, meta_then["snapshot"])
+
+
+def fresh(
+    config: ConfigDict,
+    model: navit.NaViTConfig,
+    tx: optax.GradientTransformation,
+    shardings: train_step.State,
+    whole: bool,
+) -> Start:
+    """Step 0, random or from `config.init_from`; whole: the latter must bring every parameter, or UserError."""
+    params = functools.partial(navit.init_params, model, config.seed)
+    if config.init_from:
+        params = jax.jit(params, out_shardings=shardings["params"])()
+        loaded, _ = checkpoint.restore_params(config.init_from)
+        params, notes = checkpoint.init_from(params, loaded)
+        if notes and whole:
+            raise UserError(f"--eval_only needs the whole model of {config.init_from}: {' '.join(notes)}")
+        for note in [f"parameters from {config.init_from}", *notes]:
+            tqdm.write(note)
+    return Start(train_step.new_state(params, tx, bool(config.optim.ema_decay), shardings), 0, None)

@@ -1,0 +1,155 @@
+"""The trainer as several real processes, and what it survives: signals, the loss of one, another topology, damage.
+
+A run of two processes on two cores takes 20 s, most of it compilation, so one run serves several promises.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_topology import ROOT, assert_same, config, devices
+from test_train import changed, lines, losses
+
+from configs import quickstart
+
+LOST = 75
+
+
+def command(workdir, processes, per_process=1, **fields):
+    """`launch/local.py` with the run of `test_topology`, over several processes."""
+    wanted = config()
+    overrides = dict(changed(quickstart.get_config(), wanted)) | fields
+    flags = [
+        f"--config.{name}={','.join(map(str, v)) + ',' if isinstance(v, tuple) else v}" for name, v in overrides.items()
+    ]
+    launch = ["launch/local.py", "--processes", str(processes), "--devices", str(per_process), "--"]
+    trainer = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(workdir), *flags]
+    return [sys.executable, *launch, *trainer] if processes > 1 else trainer
+
+
+def start(workdir, processes, per_process=1, **fields):
+    env = devices(per_process)
+    if processes > 1:
+        env.pop("XLA_FLAGS")  # the launcher sets it
+    return subprocess.Popen(
+        command(workdir, processes, per_process, **fields),
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, timeout=240):
+    """(exit status, all output); kills what runs longer, which fails the test."""
+    try:
+        out = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out
+
+
+def wait_for_step(workdir, step, process, saved=0, timeout=180):
+    """Until the run has this step in its log and has saved that often; returns the trainers' process ids, so that one
+    can be hit at once."""
+    deadline, found = time.monotonic() + timeout, {}
+    log = Path(workdir) / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists():
+            found = found or trainers(process)
+            if log.read_bytes().count(b"train/loss") >= step and len(steps_saved(workdir)) >= saved:
+                return found
+        time.sleep(0.005)
+    pytest.fail(f"step {step} did not come:\n{finish(process)[1][-3000:] if process.poll() is not None else ''}")
+
+
+def trainers(launcher):
+    """Process ids of the trainers of a launcher, by their number in the run."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            parent = int(re.search(r"PPid:\t(\d+)", (folder / "status").read_text())[1])
+        except OSError:
+            continue
+        number = next((w.split("=")[1] for w in words if w.startswith("--process_id=")), None)
+        if parent == launcher.pid and number is not None:
+            found[int(number)] = int(folder.name)
+    return found
+
+
+def steps_saved(workdir):
+    return sorted(int(p.name) for p in Path(workdir).glob("checkpoints/*") if p.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    "processes, per_process, mesh",
+    [
+        (2, 1, {}),
+        pytest.param(4, 1, {"mesh.fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {"mesh.tensor": 2}, marks=pytest.mark.slow),
+        pytest.param(2, 2, {"mesh.fsdp": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_train_as_one(alone, tmp_path, processes, per_process, mesh):
+    status, out = finish(start(tmp_path, processes, per_process, **mesh))
+    assert status == 0, out[-3000:]
+    assert_same(lines(tmp_path), alone)
+    logged = [line for line in out.splitlines() if "compiling the step" in line or "done:" in line]
+    assert len(logged) == 2 and all(line.startswith("[0]") for line in logged), out  # process 0 alone logs
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_sigterm_to_one_process_saves_and_stops_all_and_eight_devices_go_on(alone, tmp_path):
+    process = start(tmp_path, 2, total_steps=20, **{"checkpoint_every_steps": 0})
+    os.kill(wait_for_step(tmp_path, 2, process)[1], signal.SIGTERM)
+    status, out = finish(process)
+    (step,) = steps_saved(tmp_path)
+    assert status == 0 and f"stopped at step {step} of 20 with a checkpoint" in out, out[-3000:]
+    assert 2 <= step < 20
+    status, out = finish(start(tmp_path, 1, 8, **{"mesh.fsdp": 4, "checkpoint_every_steps": 0}))
+    assert status == 0 and f"resumed at step {step}" in out, out[-3000:]
+    assert_same(lines(tmp_path), alone)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_loss_of_a_process_stops_the_others_and_the_same_command_resumes(alone, tmp_path, victim):
+    process = start(tmp_path, 2, **{"checkpoint_every_steps": 3})
+    os.kill(wait_for_step(tmp_path, 5, process, saved=1)[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    status, out = finish(process, timeout=60)  # "within a minute"
+    assert status == LOST, out[-3000:]
+    assert max(losses(lines(tmp_path))) < 20
+    assert re.search(rf"^\[{1 - victim}\].*process {victim}", out, re.MULTILINE), out[-3000:]
+    assert "resumes" in out and "Traceback" not in out and "*** Check failure stack trace" not in out, out[-3000:]
+    assert time.monotonic() - killed < 60
+    status, out = finish(start(tmp_path, 2, **{"checkpoint_every_steps": 3}))
+    assert status == 0 and "resumed at step" in out, out[-3000:]
+    assert_same(lines(tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_eight_devices_then_two_processes_of_two_after_damage(alone, tmp_path):
+    """Steps 1-12 on eight devices, the last checkpoint cut short, the rest on 2 x 2: the same rows and losses."""
+    process = start(tmp_path, 1, 8, **{"checkpoint_every_steps": 4})
+    wait_for_step(tmp_path, 13, process, saved=2)
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    newest = max(steps_saved(tmp_path))
+    files = [p for p in (tmp_path / "checkpoints" / str(newest) / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    status, out = finish(start(tmp_path, 2, 2, **{"checkpoint_every_steps": 4, "mesh.fsdp": 2}))
+    assert status == 0, out[-3000:]
+    assert f"resumed at step {newest - 4}" in out and f"{newest}.damaged" in out, out[-3000:]
+    assert_same(lines(tmp_path), alone)
+
+
+def test_half_of_the_flags_is_a_mistake(tmp_path):
+    flags = ["--num_processes=2", "--process_id=0"]
+    trainer = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(tmp_path), *flags]
+    out = subprocess.run(trainer, cwd=ROOT, env=devices(1), capture_output=True, text=True, timeout=60)
+    assert out.returncode == 2 and "--coordinator" in out.stderr and "Traceback" not in out.stderr
