@@ -1,4 +1,4 @@
-"""Train, resume or evaluate a packed NaViT: `python train.py --config configs/navit_b16.py`.
+"""Train, resume, evaluate or plan a packed NaViT: `python train.py --config configs/navit_b16.py`.
 
 Joins the two halves, rows (`input_pipeline`) and model (`navit_jax`), and holds the loop; no maths. A step is
 dispatched before the one before it is looked at, so the device never waits for the host's bookkeeping; a step is
@@ -41,6 +41,9 @@ from navit_jax.evaluators import classification, fewshot
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; resumed where it exists. Default: runs/<config>-<time>."
 )
+CHECKPOINTS = flags.DEFINE_string(
+    "checkpoints", "", "Folder of the run's checkpoints, shared by all processes, or gs://...; default: in the workdir."
+)
 PLAN = flags.DEFINE_string(
     "plan", "", "Compile the step for machines that are not here, v5e:16x16 or cpu:8, say what it will cost, and stop."
 )
@@ -62,14 +65,12 @@ def main(config: ConfigDict) -> None:
 
 def run_config(config: ConfigDict) -> None:
     """Train or evaluate, as one of the run's processes."""
-    must_exist = EVAL_ONLY.value and not config.init_from
-    workdir = console.open_workdir(WORKDIR.value, config.name, must_exist=must_exist)
+    workdir = console.open_workdir(WORKDIR.value, config.name, EVAL_ONLY.value and not config.init_from)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
     checks.check(config)
-    profile = profiling.Profile(PROFILE_STEPS.value, workdir)
     run = build(config, workdir)
     if not EVAL_ONLY.value:
-        return train(run, profile)
+        return train(run)
     if not run.start and not config.init_from:
         raise UserError(
             f"--eval_only found no checkpoint in {workdir}. Give --workdir of a run or --config.init_from=RUN."
@@ -82,6 +83,7 @@ def run_config(config: ConfigDict) -> None:
 def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     """Everything a run needs: data, model, optimizer, compiled functions, and the state to start from."""
     navit.variant(config.model.variant)
+    profile = profiling.Profile(PROFILE_STEPS.value, workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.packing.rows_per_step, parts=config.optim.accumulate_steps)
     sharding.check_rows(mesh, stream.eval_rows(config), "eval.rows_per_step")
@@ -95,11 +97,12 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     like = start.shapes(shapes, tx, bool(config.optim.ema_decay), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     options = dict(accumulate=config.optim.accumulate_steps, ema_decay=config.optim.ema_decay, seed=config.seed)
-    best = "map" if config.data.multi_label else "top1"
-    best = config.best_metric or f"eval/{best}@{max(config.eval.token_budgets)}"
+    best = config.best_metric or f"eval/{'map' if config.data.multi_label else 'top1'}@{max(config.eval.token_budgets)}"
     console.describe(config, rows, len(eval_images.sizes), model, total, mesh)
     meta = dict(config=json.loads(config.to_json_best_effort()), data=stream.fingerprint(train_images))
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints, best)
+    folder = CHECKPOINTS.value or workdir / "checkpoints"
+    console.check_shared(folder)
+    checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints, best)
     begun = start.restore(checkpoints, like, None if EVAL_ONLY.value else meta)
     begun = begun or start.fresh(config, model, tx, shardings, whole=EVAL_ONLY.value)
     return SimpleNamespace(
@@ -115,26 +118,26 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
         step=train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, shardings, **options),
         meta=meta,
         checkpoints=checkpoints,
+        profile=profile,
         state=begun.state,
         start=begun.step,
         snapshot=begun.snapshot,
     )
 
 
-def train(run: SimpleNamespace, profile: profiling.Profile) -> None:
+def train(run: SimpleNamespace) -> None:
     """Train to the last step, or to a signal; what was begun to be saved is saved also when something fails."""
     if run.start >= run.total:
         return print(f"nothing to do: {run.workdir} is at step {run.start} of {run.total}; --eval_only evaluates it")
     writer, stop = writers.open_writer(run.workdir, resume_step=run.start), console.StopSignal()
-    hidden = not distributed.is_lead()
-    bar = tqdm(total=run.total, initial=run.start, unit="step", dynamic_ncols=True, mininterval=1.0, disable=hidden)
+    bar = console.progress(run.start, run.total)
     try:
         console.write_config(run.workdir, run.config)
-        step = loop(run, writer, stop, bar, profile)
+        step = loop(run, writer, stop, bar)
     finally:
         bar.close()
         stop.release()
-        profile.close()
+        run.profile.close()
         run.checkpoints.close()
         writer.close()
     if distributed.is_lead():
@@ -142,13 +145,7 @@ def train(run: SimpleNamespace, profile: profiling.Profile) -> None:
     console.finish(run.workdir, step, run.total)
 
 
-def loop(
-    run: SimpleNamespace,
-    writer: writers.MetricWriter,
-    stop: console.StopSignal,
-    bar: tqdm,
-    profile: profiling.Profile,
-) -> int:
+def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopSignal, bar: tqdm) -> int:
     """Dispatch a step, then look at the one before; log, evaluate and save where due. Returns the last step.
 
     What one process alone knows (its share of the rows, a signal to stop) goes into the step and comes out summed, so
@@ -160,6 +157,7 @@ def loop(
     meter, step, pending, compiled = metrics.Meter(peak * jax.device_count()), run.start, None, None
     local, stopping = sharding.local_rows(mesh, count), False
     peers = jax.process_count() * len(local) / count  # processes that build the same rows
+    run.profile.begin(step, total)
     for batch, info in meter.waits(run.rows.loader(total, start=run.start, snapshot=run.snapshot, local=local)):
         with meter.timed("h2d"):
             flops, skipped = metrics.of_rows(run.model, batch, info)
@@ -169,24 +167,25 @@ def loop(
             compiled = console.compile_step(run.step, run.state, on_device, host)
             meter.restart()
         step += 1
-        with meter.timed("compute"), profile.step(step):
+        with meter.timed("compute"), jax.profiler.StepTraceAnnotation("train", step_num=step):
             run.state, sums = compiled(run.state, on_device, host)
             if pending:
                 stopping |= settle(run, meter, bar, *pending)
             pending = (step, batch.index, sums)
             due = {k: step == total or _every(step, config[f"{k}_every_steps"]) for k in ("log", "checkpoint", "eval")}
-            if not (any(due.values()) or stopping or profile.last(step)):
+            if not (any(due.values()) or stopping or run.profile.due(step)):
                 continue
             # Also at a checkpoint, so that no mean in metrics.jsonl spans one: a resumed run writes the same lines.
             stopping |= settle(run, meter, bar, *pending)
-        pending, scores = None, {}
+        pending, scores, whole = None, {}, not due["eval"]
         writer.write(step, meter.flush() | {"train/lr": float(run.schedule(step - 1))})
         try:
             if due["eval"]:
-                scores = evaluate(run, step, writer)
-        finally:  # an evaluation that fails must not cost the training; the best one can only be kept if it is saved
-            if due["checkpoint"] or due["eval"] or stopping:
+                scores, whole = evaluate(run, step, writer), True
+        finally:  # one that fails must not cost the training; but where it failed for this process alone no other saves
+            if (due["checkpoint"] or due["eval"] or stopping) and (whole or jax.process_count() == 1):
                 run.checkpoints.save(step, run.state, run.meta | dict(snapshot=info.snapshot), scores)
+        run.profile.between(step)
         meter.restart()
         if stopping:
             break

@@ -1,5 +1,7 @@
 #!/bin/bash
-# Slurm with GPUs, one process a GPU: sbatch launch/slurm_gpu.sh --config configs/navit_l16.py --workdir /shared/navit_l16
+# Slurm with GPUs, one process a GPU:
+#
+#   sbatch launch/slurm_gpu.sh --config configs/navit_l16.py --workdir /shared/navit_l16
 #
 # The processes find each other, and their GPU, by Slurm's variables. One process a node works, too
 # (--ntasks-per-node=1): it takes all GPUs of its node. --workdir, code and data must be on a shared file system.
@@ -23,7 +25,9 @@ trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 # When one is lost the others say so and stop by themselves, within seconds; Slurm must not kill them before that.
 srun --kill-on-bad-exit=0 --wait=60 python train.py "$@" &
 wait $!; status=$?
-wait; # the first wait ends when the signal comes, this one with the processes
+if [ $again = yes ]; then # that ended with the signal, this ends with the processes
+  wait $!; status=$?
+fi
 
 # 75: a process was lost. srun reports the highest status: 137 is the killed one's own, 143 a SIGTERM before the first
 # step. The same job again resumes from the last checkpoint; 20 times at most, as some losses come back.

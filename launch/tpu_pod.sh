@@ -8,7 +8,8 @@
 # same paths on each. Before paying: `python train.py --config ... --plan v5e:16x16` says whether it fits.
 #
 # Made once, with the code on every host:
-#   gcloud compute tpus tpu-vm create $NAME --zone $ZONE --accelerator-type v5litepod-64 --version v2-alpha-tpuv5-lite --spot
+#   gcloud compute tpus tpu-vm create $NAME --zone $ZONE --spot \
+#     --accelerator-type v5litepod-64 --version v2-alpha-tpuv5-lite
 #   gcloud compute tpus tpu-vm scp --recurse . $NAME:navit_jax --zone $ZONE --worker=all
 #   gcloud compute tpus tpu-vm ssh $NAME --zone $ZONE --worker=all \
 #     --command 'pip install -r navit_jax/requirements.txt "jax[tpu]"'

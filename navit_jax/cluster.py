@@ -81,7 +81,7 @@ def _open_mpi(coordinator: str) -> Cluster | None:
     local_count = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
     if coordinator:
         address = _address(coordinator)
-    elif OmpiCluster.is_env_present():
+    elif "OMPI_MCA_orte_hnp_uri" in env:
         address = OmpiCluster.get_coordinator_address(None, env.get("JAX_COORDINATOR_PORT"))
     elif local_count == count:
         name = env.get("PMIX_NAMESPACE", "0")  # the same in all processes of this mpirun

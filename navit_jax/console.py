@@ -58,6 +58,28 @@ def open_workdir(given: str, name: str, must_exist: bool) -> Path:
     return workdir
 
 
+def check_shared(folder: str | os.PathLike) -> None:
+    """Raises UserError, in all processes, where they do not see the same folder. Addresses are taken to be shared."""
+    if jax.process_count() == 1 or "://" in str(folder):
+        return
+    probe = Path(folder) / f".shared-{_agreed(str(time.time_ns()))}"
+    if distributed.is_lead():
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    distributed.gather(np.zeros(1))  # it is there now
+    deadline = time.monotonic() + 10  # network file systems may show it late
+    while not probe.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~distributed.gather(np.array(probe.exists())))
+    if distributed.is_lead():
+        probe.unlink()
+    if len(blind):
+        raise UserError(
+            f"processes {blind.tolist()} do not see what process 0 writes to {folder}: checkpoints need a folder that "
+            "all share. Give --workdir on a shared file system, or --checkpoints=gs://BUCKET/RUN."
+        )
+
+
 def _agreed(text: str) -> str:
     """Process 0's text, in every process; up to 256 bytes."""
     return distributed.broadcast(np.array(text.encode(), "S256")).item().decode()
@@ -139,6 +161,12 @@ def config_path() -> str:
     given = next((b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == "--config"), "")
     given = given or next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "configs/navit_b16.py")
     return given.split(":")[0]
+
+
+def progress(start: int, total: int) -> tqdm:
+    """The bar over the steps, in process 0."""
+    hidden = not distributed.is_lead()
+    return tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0, disable=hidden)
 
 
 def compile_step(step: Any, *args: Any) -> Any:

@@ -90,7 +90,7 @@ def _fail(error: BaseException, debug: bool) -> None:
     """Ends this process for its own error, unless that is how another's loss looks from here."""
     codes = {UserError: 2, KeyboardInterrupt: 130, SystemExit: getattr(error, "code", 1)}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
-    if code is None:
+    if code is None or error.__context__ is not None:  # a save that fails for it raises a UserError, too
         time.sleep(_VERDICT)
     if isinstance(error, UserError) and not debug:
         print(f"error: {error}", file=sys.stderr)

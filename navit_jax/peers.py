@@ -9,13 +9,12 @@ a process was lost, so that launchers can start the same command again, or that 
 import ctypes
 import multiprocessing
 import os
-import select
 import signal
 import sys
 import threading
 import time
 
-from navit_jax.rendezvous import Connection
+from navit_jax.rendezvous import Connection, readable
 
 LOST = 75
 SILENCE = 15.0  # below jax's limit, so that this report comes first
@@ -61,8 +60,7 @@ class Peers:
         while self._peers:
             for peer in self._peers:
                 peer.say(ping=1)
-            ready = select.select([peer.link for peer in self._peers], [], [], _PING)[0]
-            for peer in [peer for peer in self._peers if peer.link in ready]:
+            for peer in readable(self._peers, _PING):
                 self._take(peer)
             now = time.monotonic()
             for peer in self._peers:

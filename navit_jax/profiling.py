@@ -4,7 +4,6 @@ The first steps of a run warm caches up, so the steps are named by the user; the
 them starts and after the last is done, so that the trace holds these steps and nothing else.
 """
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -28,20 +27,25 @@ class Profile:
         self._first, self._last = (int(match[1]), int(match[2])) if match else (0, 0)
         self._folder, self._running = Path(workdir) / "profile", False
 
-    @contextlib.contextmanager
-    def step(self, step: int):  # noqa: ANN201
-        """Around what dispatches a step, and waits for it if it is the last of the trace."""
-        if step == self._first and is_lead():
+    def begin(self, step: int, total: int) -> None:
+        """Before the first step behind `step` of a run to `total`. Raises UserError if the trace is not among them."""
+        if self._first and not step < self._first <= self._last <= total:
+            raise UserError(
+                f"--profile_steps={self._first}:{self._last}: this run trains the steps {step + 1} to {total}"
+            )
+        self.between(step)
+
+    def due(self, step: int) -> bool:
+        """Whether the trace begins or ends behind this step, so that it must be waited for."""
+        return bool(self._first) and step in (self._first - 1, self._last)
+
+    def between(self, step: int) -> None:
+        """Behind a step that is done: start or end the trace, if it is time."""
+        if self._first and step == self._first - 1 and is_lead():
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
-        if step == self._last and self._running:
+        elif step == self._last:
             self.close()
-
-    def last(self, step: int) -> bool:
-        """Whether the trace begins behind this step or ends with it, so that it must be waited for."""
-        return bool(self._first) and step in (self._first - 1, self._last)
 
     def close(self) -> None:
         """End the trace, if one is under way, and say where it is."""

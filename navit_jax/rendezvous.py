@@ -6,7 +6,7 @@ The connections stay: `peers` watches them.
 
 import contextlib
 import json
-import select
+import selectors
 import socket
 import sys
 import time
@@ -47,6 +47,14 @@ class Connection:
         except ValueError:
             return None
         return messages if all(isinstance(message, dict) for message in messages) else None
+
+
+def readable(peers: Iterable[Connection], timeout: float) -> list[Connection]:
+    """Those from which something has come, or whose connection is closed; waits up to `timeout` seconds for one."""
+    with selectors.DefaultSelector() as selector:  # select() fails in a process with 1024 open files
+        for peer in peers:
+            selector.register(peer.link, selectors.EVENT_READ, peer)
+        return [key.data for key, _ in selector.select(timeout)]
 
 
 class Place(NamedTuple):
@@ -110,8 +118,8 @@ def _listen(place: Place) -> list[Connection]:
 
 def _receive(server: socket.socket, came: dict[int, Connection], place: Place) -> None:
     """Let one more in, if it is one of ours; forget those that went away again."""
-    for i in [i for i, peer in came.items() if select.select([peer.link], [], [], 0)[0]]:
-        came.pop(i).link.close()
+    for gone in readable(came.values(), 0):
+        came.pop(gone.index).link.close()
     server.settimeout(0.2)
     try:
         link, _ = server.accept()

@@ -38,7 +38,8 @@ RULES = (
 def make_mesh(cfg: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, sizes of data, fsdp and tensor; one of them may be -1, what is left.
 
-    cfg: all on `data` by default. devices: all of the run by default. Raises UserError where the sizes do not multiply to the number of devices.
+    cfg: all on `data` by default. devices: all of the run by default. Raises UserError where the sizes do not multiply
+    to the number of devices.
     """
     count = len(devices) if devices is not None else jax.device_count()
     sizes = [int(cfg[axis]) for axis in AXES] if cfg is not None else [-1, 1, 1]

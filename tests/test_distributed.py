@@ -113,3 +113,22 @@ def test_values_of_one_process():
     assert distributed.is_lead() and distributed.group() is None
     np.testing.assert_array_equal(distributed.broadcast(x), x)
     np.testing.assert_array_equal(distributed.gather(x), x[None])
+
+
+@pytest.mark.slow
+def test_a_mistake_that_is_only_how_the_loss_of_another_looks_is_not_reported_as_one():
+    body = """
+    with distributed.session(address, count, index):
+        distributed.gather(np.zeros(1))
+        print("ready", flush=True)
+        try:
+            while True:
+                distributed.gather(np.zeros(1))
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError("could not save") from error
+    """
+    with Processes(2, body, JAX) as run:
+        run.wait_ready()
+        run.all[1].kill()
+        status, _, error = run.end(0)
+        assert status == 75 and "process 1 (on " in last_line(error) and "could not save" not in error

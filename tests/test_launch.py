@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -73,3 +74,42 @@ print("caught", len(caught), flush=True)
     run.terminate()
     out, _ = run.communicate(timeout=30)
     assert run.returncode == 0 and sorted(out.splitlines()) == ["[0] caught 1", "[1] caught 1"]
+
+
+@pytest.mark.parametrize("status, again", [(0, False), (2, False), (75, True), (137, True), ("signal", True)])
+def test_slurm_script_puts_an_unfinished_run_back_into_the_queue(status, again, tmp_path):
+    """With stand-ins for Slurm's commands, which are not here."""
+    stand_ins = {
+        "srun": "echo started $@; trap 'echo saved; exit 0' TERM; [ $WANTED = signal ] || exit $WANTED; "
+        "echo $$ > $HERE/pid; while true; do sleep 0.05; done",
+        "scancel": "kill -TERM $(cat $HERE/pid)",
+        "scontrol": 'echo "scontrol $@"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | dict(
+        PATH=f"{tmp_path}:{os.environ['PATH']}", HERE=str(tmp_path), WANTED=str(status), SLURM_JOB_ID="7"
+    )
+    script = ["bash", str(ROOT / "launch/slurm_gpu.sh"), "--config", "a b.py"]
+    run = subprocess.Popen(script, env=env, stdout=subprocess.PIPE, text=True)
+    if status == "signal":
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=20)
+    assert "python train.py --config a b.py" in out
+    assert ("scontrol requeue 7" in out) == again
+    assert run.returncode == (0 if status == "signal" else status)
+    assert ("saved" in out) == (status == "signal")
+
+
+def test_the_other_recipes_are_well_formed():
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load((ROOT / "launch/gke.yaml").read_text())
+    job = recipe["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    config = next(a for a in container["command"] if a.startswith("--config=")).removeprefix("--config=")
+    assert (ROOT / config).is_file() and job["parallelism"] == job["completions"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    assert subprocess.run(["bash", "-n", str(ROOT / "launch/tpu_pod.sh")], timeout=20).returncode == 0

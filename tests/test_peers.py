@@ -61,3 +61,33 @@ def test_nobody_is_reported_when_all_leave_one_after_the_other():
     ) as run:
         for index in range(3):
             assert run.end(index, timeout=20) == (0, "ready\nleft\n", "")
+
+
+def test_a_loss_is_noticed_by_a_process_with_many_open_files():
+    files = """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    held = [open("/dev/null") for _ in range(1100)]
+    """
+    with Processes(2, textwrap.dedent(files) + WATCH + "time.sleep(60)") as run:
+        run.wait_ready()
+        run.all[0].kill()
+        status, _, error = run.end(1, timeout=20)
+        assert status == peers.LOST and error.strip().startswith("process 1 of 2 stops: process 0 ")
+
+
+def test_an_abort_leaves_the_report_to_the_watch():
+    """As jax's client does it, from a thread of its own, when it finds process 0 gone before the watch does."""
+    body = """
+    import ctypes, threading
+    if index:
+        threading.Thread(target=ctypes.CDLL(None).abort).start()
+    time.sleep(60)
+    """
+    with Processes(2, WATCH + textwrap.dedent(body)) as run:
+        run.wait_ready()
+        time.sleep(1)
+        run.all[0].kill()
+        status, _, error = run.end(1, timeout=20)
+        assert status == peers.LOST and error.strip().startswith("process 1 of 2 stops: process 0 ")

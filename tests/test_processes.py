@@ -15,9 +15,8 @@ import pytest
 from test_topology import ROOT, assert_same, config, devices
 from test_train import changed, lines, losses
 
+from benchmarks.faults import LOST, steps_saved, trainers
 from configs import quickstart
-
-LOST = 75
 
 
 def command(workdir, processes, per_process=1, **fields):
@@ -64,25 +63,6 @@ def wait_for_step(workdir, step, process, saved=0, timeout=180):
                 return found
         time.sleep(0.005)
     pytest.fail(f"step {step} did not come:\n{finish(process)[1][-3000:] if process.poll() is not None else ''}")
-
-
-def trainers(launcher):
-    """Process ids of the trainers of a launcher, by their number in the run."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-            parent = int(re.search(r"PPid:\t(\d+)", (folder / "status").read_text())[1])
-        except OSError:
-            continue
-        number = next((w.split("=")[1] for w in words if w.startswith("--process_id=")), None)
-        if parent == launcher.pid and number is not None:
-            found[int(number)] = int(folder.name)
-    return found
-
-
-def steps_saved(workdir):
-    return sorted(int(p.name) for p in Path(workdir).glob("checkpoints/*") if p.name.isdigit())
 
 
 @pytest.mark.parametrize(

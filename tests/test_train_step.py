@@ -1,6 +1,5 @@
 """The step as mathematics: the mean is over real images, however the rows are divided."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

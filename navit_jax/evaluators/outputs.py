@@ -6,7 +6,6 @@ A step is dispatched before the one before it is read, so the device computes wh
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from input_pipeline.packed import Batch

@@ -20,7 +20,7 @@ Coords = Sequence[Sequence[int]]  # of each device, in the program's order
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step. core: all work of the chip's core by the compiler's cost model. hidden: communication that runs
+    """Seconds of a step. core: work of the chip's core by the compiler's cost model. hidden: communication that runs
     beside other work; exposed: that is waited for.
     """
 

@@ -93,18 +93,18 @@ def _speed(plan: Plan) -> str:
         return "no speed is estimated for CPUs: no data sheet states their rates"
     t, chip = plan.times, plan.target.chip
     lines = [
-        f"{name:<14}{1e3 * seconds:>8.1f} ms a step {plan.images / seconds:>12,.0f} images/s   MFU {plan.mfu(seconds):.0%}"
-        for name, seconds in (("at best", t.step), ("more likely", t.likely))
+        f"{name:<14}{1e3 * s:>8.1f} ms a step {plan.images / s:>12,.0f} images/s   MFU {plan.mfu(s):.0%}"
+        for name, s in (("at best", t.step), ("more likely", t.likely))
     ]
     return "\n".join(
         [
             "speed, estimated and not measured",
             *(f"  {line}" for line in lines),
-            f"  compute {1e3 * t.compute:.1f} ms, memory {1e3 * t.memory:.1f} ms, communication {1e3 * t.hidden:.1f} ms "
-            f"beside other work and {1e3 * t.exposed:.1f} ms waited for",
-            "  at best: max(compute, memory, communication beside other work) + communication waited for, at "
-            f"{chip.peak / 1e12:g} TFLOP/s,",
-            f"  {chip.hbm_bandwidth / 1e9:g} GB/s of memory and {chip.link / 1e9:g} GB/s a link and direction ({chip.sheet})",
+            f"  compute {1e3 * t.compute:.1f} ms, memory {1e3 * t.memory:.1f} ms, communication "
+            f"{1e3 * t.hidden:.1f} ms beside other work and {1e3 * t.exposed:.1f} ms waited for",
+            "  at best: max(compute, memory, communication beside other work) + communication waited for, at",
+            f"  {chip.peak / 1e12:g} TFLOP/s, {chip.hbm_bandwidth / 1e9:g} GB/s of memory, {chip.link / 1e9:g} GB/s a "
+            f"link and direction ({chip.sheet})",
             f"  more likely: {1e3 * t.core:.1f} ms by the compiler's own cost model in place of compute and memory",
         ]
     )
