@@ -27,10 +27,7 @@ def test_the_trace_of_a_run_holds_its_steps_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PROFILE_STEPS", type("Flag", (), {"value": "6:8"}))
     records = run(tiny(log_every_steps=4, checkpoint_every_steps=0), tmp_path)
     (path,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
-    events = json.load(gzip.open(path))
-    events = events["traceEvents"] if isinstance(events, dict) else events
-    traced = [
-        int(e["args"]["step_num"]) for e in events if e.get("name") == "train" and "step_num" in e.get("args", {})
-    ]
-    assert traced == [6, 7, 8]
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    assert [int(e["args"]["step_num"]) for e in events if e.get("name") == "train"] == [6, 7, 8]
     assert sorted(losses(records)) == [4, 5, 8, 12]  # the means around the trace are apart from it
