@@ -57,9 +57,6 @@ def small(step):
     return {"params": {"w": jnp.arange(9.0) + step, "b": jnp.ones((), jnp.bfloat16)}, "step": jnp.int32(step)}
 
 
-NOT_READ = ("_CHECKPOINT_METADATA", "commit_success.txt")
-
-
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
