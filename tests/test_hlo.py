@@ -253,12 +253,47 @@ def test_convolutions_count_what_meets_the_input(stride, pad, dilation):
     assert hlo.flops(text(entry)) == expected
 
 
+def test_convolutions_in_groups():
+    convolve = partial(jax.lax.conv_general_dilated, window_strides=(1,), padding="VALID", feature_group_count=4)
+    x, w = np.ones((3, 20, 8), np.float32), np.ones((5, 2, 12), np.float32)
+    expected = 2 * float(convolve(x, w, dimension_numbers=("NHC", "HIO", "NHC")).sum())
+    line = "ROOT %c = f32[3,16,12] convolution(%x, %w), window={size=5}, dim_labels=b0f_0io->b0f, feature_group_count=4"
+    entry = ["%p = f32[4,8] parameter(0)", "%x = f32[3,20,8] constant({...})", "%w = f32[5,2,12] constant({...})", line]
+    assert hlo.flops(text(entry)) == expected
+
+
 def test_batched_products_as_a_tpu_writes_them():
     """[2, 3] batches of 256 x 64 by 64 x 256 as one dilated convolution."""
     line = "ROOT %c = f32[2,3,256,256] convolution(%x, %w), window={size=2x3 stride=1x2 pad=0_0x0_0 lhs_dilate=2x3}, "
     entry = ["%p = f32[4,8] parameter(0)", "%x = bf16[2,3,256,64] constant({...})"]
     entry += ["%w = bf16[2,3,256,64] constant({...})", line + "dim_labels=01bf_01oi->01bf"]
     assert hlo.flops(text(entry)) == 6 * dots((256, 256), 64)
+
+
+@pytest.mark.parametrize(
+    "line, moved",
+    [
+        ("%x = f32[4,8]{1,0} copy(%p)", 256),
+        ("%x = f32[4,8]{1,0:T(8,128)S(1)} copy(%p)", 128),  # S(1): on the chip
+        ("%x = (f32[4,8]{1,0:S(1)}, f32[4,8]{1,0}, u32[]) copy-start(%p)", 128),
+        ("%x = ((f32[4,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]) slice-start(%p), slice={[0:1], [0:8]}", 32),
+        ("%x = f32[1,8]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,8}", 64),
+        ("%x = f32[4,8]{1,0} dynamic-update-slice(%p, %u, %i, %i)", 64),
+        ("%x = f32[8,4]{1,0} bitcast(%p)", 0),
+        ("%x = f32[4,8]{1,0} fusion(%p, %u, %i), kind=kLoop, calls=%in_place", 64),
+        ("%x = f32[1,8]{1,0} fusion(%p, %i), kind=kLoop, calls=%sliced", 64),
+    ],
+)
+def test_traffic_of_an_instruction(line, moved):
+    """%p lies in main memory, [4, 8]; %u, [1, 8], too."""
+    sliced = computation("sliced", "%q = f32[4,8] parameter(0)", "%j = s32[] parameter(1)",
+                         "%s = f32[1,8] dynamic-slice(%q, %j, %j), dynamic_slice_sizes={1,8}",
+                         "ROOT %n = f32[1,8] negate(%s)")  # fmt: skip
+    in_place = computation("in_place", "%q = f32[4,8] parameter(0)", "%v = f32[1,8] parameter(1)",
+                           "%j = s32[] parameter(2)", "%n = f32[1,8] negate(%v)",
+                           "ROOT %s = f32[4,8] dynamic-update-slice(%q, %n, %j, %j)")  # fmt: skip
+    entry = ["%p = f32[4,8]{1,0} parameter(0)", "%u = f32[1,8]{1,0} parameter(1)", "%i = s32[]{:S(2)} parameter(2)"]
+    assert traffic.bytes_moved(text([*entry, line], sliced, in_place)) == moved
 
 
 def test_traffic_of_a_scan_reads_each_layer_once():

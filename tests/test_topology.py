@@ -1,6 +1,7 @@
 """The same training on any mesh and any number of processes: rows, losses, and what the compiled step communicates."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from test_train import lines, losses, tiny
 
 import train
-from navit_jax import navit, optim, sharding
+from navit_jax import navit, optim, sharding, train_step
 from navit_jax.plan import hlo
 
 ROOT = Path(train.__file__).parent
@@ -97,6 +98,22 @@ def total(collectives, kind, group=None, of="bytes"):
 
 
 METRICS = 4 * (4 + 3)  # loss, correct, images, tokens; what the hosts said
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=MESHES.values())
+def test_every_buffer_of_the_state_is_written_in_place_and_split_as_the_rules_say(eight, mesh):
+    text = (eight / f"{mesh}.hlo").read_text()
+    c = config()
+    _, _, shapes = navit.for_classes(c, 10)
+    tx, _ = optim.make_optimizer(c.optim, shapes, 20)
+    state = jax.eval_shape(lambda p: train_step.init_state(p, tx, False), shapes)
+    assert text.split("\n")[0].count("may-alias") == len(jax.tree.leaves(state))
+    fake = AbstractMesh(tuple(map(int, mesh.split(","))), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    places = sharding.state_shardings(fake, state)
+    parts = [place.shard_shape(leaf.shape) for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places))]
+    layout = text[text.index("entry_computation_layout={(") :].split(")->")[0]
+    found = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"[a-z]\w*\[([\d,]*)\]", layout)]
+    assert found[: len(parts)] == parts
 
 
 def test_data_parallel_steps_reduce_each_gradient_once_and_nothing_else(eight):

@@ -181,9 +181,13 @@ def _candidates(found: Plan, tried: list[tuple[dict, Plan]]) -> Iterator[dict]:
 
 
 def _split(found: Plan, state: int) -> int:
-    """How many chips share the state so that it takes an eighth of a chip's memory; a divisor of those there are."""
+    """Over how many chips the state is split so that it takes a quarter of a chip's memory at most, or all of them.
+
+    Part of an axis of the slice, or everything: across axes the compiler cuts products into pieces (docs/scaling.md).
+    """
     mesh, width = found.compiled.mesh, found.compiled.state["params"]["norm"]["scale"].shape[0]
     free = mesh.size // mesh.shape["tensor"]
-    wanted = state * mesh.shape["fsdp"] / (found.target.chip.hbm / 8)
-    fits = [n for n in range(1, free + 1) if free % n == 0 and width % n == 0]
+    wanted = state * mesh.shape["fsdp"] / (found.target.chip.hbm / 4)
+    along = [n for n in range(1, free + 1) if n == free or any(length % n == 0 for length in found.target.shape)]
+    fits = [n for n in along if free % n == 0 and width % n == 0]
     return next((n for n in fits if n >= max(wanted, 2)), max(fits, default=1))

@@ -111,7 +111,7 @@ def _speed(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    lines = ["it does not fit. Tried:"]
+    lines = ["it does not fit as it is. Tried:"]
     for changes, attempt in plan.attempts:
         held = attempt.compiled.memory["peak"]
         outcome = f"fits, {size(held)} a chip" if attempt.fits else f"does not, {size(held)}"

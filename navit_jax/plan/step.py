@@ -9,6 +9,7 @@ import itertools
 import re
 import textwrap
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,9 @@ def compile_step(config: ConfigDict, mesh: Mesh, rows: Rows) -> Compiled:
     start = time.perf_counter()
     lowered, state = lower(config, mesh, rows)
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():  # a compilation cache cannot load programs for devices that are not here
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = over_memory(str(error))
         if needed is None:
