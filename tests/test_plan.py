@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from benchmarks import scaling
 from configs import base
 from input_pipeline.errors import UserError
 from navit_jax import metrics, navit, plan
@@ -95,6 +96,12 @@ def test_rows_of_data_that_cannot(tmp_path):
     whole = 3 * navit.flops_forward(model, [rows.plan["length"]])
     assert 0.5 * whole < rows.flops < whole * 1.5
     assert 0.9 * rows.plan["length"] < rows.tokens <= rows.plan["length"]
+
+
+@pytest.mark.parametrize("variant", scaling.SIZES)
+def test_the_benchmarks_recipes_fill_their_rows(variant):
+    rows = step.rows_of(scaling.recipe(variant, 16, 8, 4))
+    assert rows.plan["length"] == 256 and rows.tokens > 250
 
 
 def test_a_wrong_packing_is_still_refused():
