@@ -5,6 +5,7 @@ dispatched before the one before it is looked at, so the device never waits for 
 saved only once its loss was seen finite.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -36,6 +37,7 @@ from navit_jax import (
     train_step,
     writers,
 )
+from navit_jax.checkpoint_integrity import failed_everywhere
 from navit_jax.evaluators import classification, fewshot
 
 WORKDIR = flags.DEFINE_string(
@@ -75,9 +77,8 @@ def run_config(config: ConfigDict) -> None:
         raise UserError(
             f"--eval_only found no checkpoint in {workdir}. Give --workdir of a run or --config.init_from=RUN."
         )
-    writer = writers.open_writer(workdir, resume_step=None)
-    evaluate(run, run.start, writer)
-    writer.close()
+    with contextlib.closing(writers.open_writer(workdir, resume_step=None)) as writer:
+        evaluate(run, run.start, writer)
 
 
 def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
@@ -129,17 +130,14 @@ def train(run: SimpleNamespace) -> None:
     """Train to the last step, or to a signal; what was begun to be saved is saved also when something fails."""
     if run.start >= run.total:
         return print(f"nothing to do: {run.workdir} is at step {run.start} of {run.total}; --eval_only evaluates it")
+    run.profile.check(run.start, run.total)
     writer, stop = writers.open_writer(run.workdir, resume_step=run.start), console.StopSignal()
     bar = console.progress(run.start, run.total)
-    try:
+    with contextlib.ExitStack() as ends:  # from the last to the first: a signal must not cut a save that was begun
+        for end in (stop.release, writer.close, run.checkpoints.close, run.profile.close, bar.close):
+            ends.callback(end)
         console.write_config(run.workdir, run.config)
         step = loop(run, writer, stop, bar)
-    finally:
-        bar.close()
-        stop.release()
-        run.profile.close()
-        run.checkpoints.close()
-        writer.close()
     if distributed.is_lead():
         writers.plot_loss(run.workdir / "metrics.jsonl", run.workdir / "loss.png")
     console.finish(run.workdir, step, run.total)
@@ -157,7 +155,7 @@ def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopS
     meter, step, pending, compiled = metrics.Meter(peak * jax.device_count()), run.start, None, None
     local, stopping = sharding.local_rows(mesh, count), False
     peers = jax.process_count() * len(local) / count  # processes that build the same rows
-    run.profile.begin(step, total)
+    run.profile.between(step)
     for batch, info in meter.waits(run.rows.loader(total, start=run.start, snapshot=run.snapshot, local=local)):
         with meter.timed("h2d"):
             flops, skipped = metrics.of_rows(run.model, batch, info)
@@ -177,13 +175,16 @@ def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopS
                 continue
             # Also at a checkpoint, so that no mean in metrics.jsonl spans one: a resumed run writes the same lines.
             stopping |= settle(run, meter, bar, *pending)
-        pending, scores, whole = None, {}, not due["eval"]
+        pending, scores, saves = None, {}, True
         writer.write(step, meter.flush() | {"train/lr": float(run.schedule(step - 1))})
         try:
-            if due["eval"]:
-                scores, whole = evaluate(run, step, writer), True
-        finally:  # one that fails must not cost the training; but where it failed for this process alone no other saves
-            if (due["checkpoint"] or due["eval"] or stopping) and (whole or jax.process_count() == 1):
+            if due["eval"] and (not stopping or step == total):  # who sends a signal may not wait for an evaluation
+                scores = evaluate(run, step, writer)
+        except BaseException as error:  # must not cost the training; but where it failed here alone no other saves
+            saves = failed_everywhere(error)
+            raise
+        finally:
+            if saves and (due["checkpoint"] or due["eval"] or stopping):
                 run.checkpoints.save(step, run.state, run.meta | dict(snapshot=info.snapshot), scores)
         run.profile.between(step)
         meter.restart()

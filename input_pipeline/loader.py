@@ -104,7 +104,8 @@ class Loader:
     """Iterates (Batch, Info) from `start` to `steps`.
 
     builder: makes rows. plan: options of `Planner` (with `snapshot` when resuming at `start`). rows: B over all
-    processes; local: which of a step's rows this process builds. Raises UserError above `max_bad_share`.
+    processes; local: which of a step's rows this process builds. Raises UserError above `max_bad_share`
+    of the images that this process read.
     """
 
     def __init__(

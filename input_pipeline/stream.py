@@ -51,7 +51,7 @@ def open_images(config: ConfigDict, split: str, group: Group | None = None) -> I
         raise UserError(f"{spec} has no images in its split {name!r}")
     sizes = read_sizes(source, group=group)
     bad = np.flatnonzero(sizes.min(axis=1) == 0)
-    for i in bad[:10]:
+    for i in bad[:10] if group is None or group.rank == 0 else ():
         log.warning("unreadable header, left out: %s", source.describe(int(i)))
     if len(bad) > data.max_bad_share * len(sizes):
         raise UserError(

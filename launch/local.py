@@ -41,8 +41,9 @@ def main(argv: list[str]) -> int:
             start_new_session=True,
         )
         processes.append(process)
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda number, frame: _send(processes, number))
+    for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        passed_on = signal.SIGTERM if kind == signal.SIGHUP else kind  # a closed terminal
+        signal.signal(kind, lambda number, frame, passed_on=passed_on: _send(processes, passed_on))
     readers = [
         threading.Thread(target=_copy, args=(stream, out, f"[{index}] "), daemon=True)
         for index, process in enumerate(processes)
@@ -72,7 +73,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _environment(index: int, args: argparse.Namespace) -> dict[str, str]:
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     if args.devices:
+        # Its other scheduler can hold all threads in collectives that wait for each other.
         flags = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         return env | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags.strip())
     numbers = [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
     gpus = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", ",".join(numbers)).split(",") if gpu]

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Slurm with GPUs, one process a GPU:
+# Slurm with NVIDIA GPUs, one process a GPU:
 #
 #   sbatch launch/slurm_gpu.sh --config configs/navit_l16.py --workdir /shared/navit_l16
 #

@@ -116,8 +116,13 @@ def read_params(path: epath.Path) -> tuple[Tree, dict]:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only; gs:// counts as one."""
+    """Orbax takes absolute paths only; gs:// counts as one. Raises UserError if such a storage cannot be reached."""
     path = epath.Path(path).expanduser()
+    if "://" in str(path):
+        try:
+            path.exists()
+        except Exception as error:  # each storage's library has its own, and ImportError says which one to install
+            raise UserError(f"Cannot reach {path}: {cause(error)}.") from error
     return path if path.is_absolute() else epath.Path(os.path.abspath(path))
 
 

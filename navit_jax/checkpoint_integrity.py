@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax._src import distributed  # nothing public talks to other processes outside the devices; Orbax does the same
 
 from input_pipeline.errors import UserError
 from navit_jax.checkpoint_files import Damaged, cause, read_text, remove
@@ -39,6 +38,8 @@ def agree(said: str = "", timeout_ms: int = 600_000) -> list[str]:
     """
     if jax.process_count() == 1:
         return [said]
+    from jax._src import distributed  # nothing public talks to others outside the devices; Orbax does the same
+
     client, turn, me = distributed.global_state.client, next(_turns), jax.process_index()
     client.key_value_set(f"navit_jax/{turn}/{me:06d}", f"={said}")
     client.wait_at_barrier(f"navit_jax/{turn}", timeout_ms)
@@ -53,6 +54,14 @@ def all_well(said: str = "", timeout_ms: int = 600_000) -> None:
     failures = [f"process {i}: {text}" for i, text in enumerate(agree(said, timeout_ms)) if text]
     if failures:
         raise Told("; ".join(failures[:3]))
+
+
+def failed_everywhere(error: BaseException) -> bool:
+    """Whether no process got further than this one, so that all can still save together what they have."""
+    try:
+        return all(agree(f"{type(error).__name__}: {error}", timeout_ms=10_000))
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 class _Write:

@@ -3,16 +3,14 @@
 jax's own detection knows where process 0 is; this decides when to ask it. Left alone it waits for processes that were
 never started (a shell inside a Slurm allocation), takes one GPU of a node that runs one process, and asks the network
 on machines that are no cluster. So a run of one process is recognised here first, without touching a device or a
-network. MPI goes before Slurm: under both, Slurm describes the daemons of `mpirun`.
+network. MPI goes before Slurm: under both, Slurm describes the daemons of `mpirun`. Where a cluster is found, jax's own
+classes for it are asked; they have no public name, `jax.distributed.initialize()` tells nobody the address it found.
 """
 
 import glob
 import os
 import re
 from typing import NamedTuple
-
-# No public name: `jax.distributed.initialize()` asks these, but tells nobody the address that it found.
-from jax._src.clusters import GceTpuCluster, GkeTpuCluster, OmpiCluster, SlurmCluster
 
 from input_pipeline.errors import UserError
 
@@ -82,6 +80,8 @@ def _open_mpi(coordinator: str) -> Cluster | None:
     if coordinator:
         address = _address(coordinator)
     elif "OMPI_MCA_orte_hnp_uri" in env:
+        from jax._src.clusters import OmpiCluster
+
         address = OmpiCluster.get_coordinator_address(None, env.get("JAX_COORDINATOR_PORT"))
     elif local_count == count:
         name = env.get("PMIX_NAMESPACE", "0")  # the same in all processes of this mpirun
@@ -101,7 +101,12 @@ def _slurm(coordinator: str) -> Cluster | None:
         return None
     index, local = _number("SLURM_PROCID", "Slurm"), _number("SLURM_LOCALID", "Slurm")
     port = os.environ.get("JAX_COORDINATOR_PORT")
-    address = _address(coordinator) if coordinator else SlurmCluster.get_coordinator_address(None, port)
+    if coordinator:
+        address = _address(coordinator)
+    else:
+        from jax._src.clusters import SlurmCluster
+
+        address = SlurmCluster.get_coordinator_address(None, port)
     return Cluster(address, count, index, _local_gpus(local, _tasks_on_node()), "Slurm")
 
 
@@ -129,6 +134,8 @@ def _has_tpu() -> bool:
 def _tpu(coordinator: str) -> Cluster | None:
     """GKE names the hosts of a slice in the environment, Google Cloud in its metadata server."""
     try:
+        from jax._src.clusters import GceTpuCluster, GkeTpuCluster
+
         kind = next((kind for kind in (GkeTpuCluster, GceTpuCluster) if kind.is_env_present()), None)
         if kind is None or kind.get_process_count() == 1:
             return None

@@ -45,9 +45,9 @@ def open_workdir(given: str, name: str, must_exist: bool) -> Path:
         raise UserError(f"--eval_only found no folder {workdir}. Give --workdir of a run.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{os.getpid()}"
+        probe = workdir / f".writable-{jax.process_index()}"  # not the process id: it is 1 in every container
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."
@@ -64,15 +64,18 @@ def check_shared(folder: str | os.PathLike) -> None:
         return
     probe = Path(folder) / f".shared-{_agreed(str(time.time_ns()))}"
     if distributed.is_lead():
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}. Name another folder.") from None
     distributed.gather(np.zeros(1))  # it is there now
     deadline = time.monotonic() + 10  # network file systems may show it late
     while not probe.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     blind = np.flatnonzero(~distributed.gather(np.array(probe.exists())))
     if distributed.is_lead():
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     if len(blind):
         raise UserError(
             f"processes {blind.tolist()} do not see what process 0 writes to {folder}: checkpoints need a folder that "
@@ -222,4 +225,4 @@ class StopSignal:
     def _request(self, kind: int, frame: object) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step, with a checkpoint", flush=True)
+        os.write(2, b"\nstopping after this step, with a checkpoint\n")  # print() may be what was interrupted

@@ -37,7 +37,7 @@ class Peers:
         # Put to sleep in its handler, jax's abort() leaves the report to the thread: 6 s, the signal's number.
         libc = ctypes.CDLL(None)
         libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
-        threading.Thread(target=self._watch, daemon=True, name="peers").start()
+        threading.Thread(target=self._guard, daemon=True, name="peers").start()
 
     def fail(self, text: str, code: int) -> None:
         """Tell the others that this process leaves with an error and this exit status; call `leave` next."""
@@ -54,6 +54,12 @@ class Peers:
         if self._index:
             self._all_left.wait(timeout)
         self._closing = True
+
+    def _guard(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # unwatched, a process would wait for ever
+            self._stop(f"its watch of the others failed ({type(error).__name__}: {error})", LOST)
 
     def _watch(self) -> None:
         last = time.monotonic()

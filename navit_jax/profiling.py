@@ -27,13 +27,12 @@ class Profile:
         self._first, self._last = (int(match[1]), int(match[2])) if match else (0, 0)
         self._folder, self._running = Path(workdir) / "profile", False
 
-    def begin(self, step: int, total: int) -> None:
-        """Before the first step behind `step` of a run to `total`. Raises UserError if the trace is not among them."""
+    def check(self, step: int, total: int) -> None:
+        """Raises UserError if the trace is not among the steps behind `step` of a run to `total`."""
         if self._first and not step < self._first <= self._last <= total:
             raise UserError(
                 f"--profile_steps={self._first}:{self._last}: this run trains the steps {step + 1} to {total}"
             )
-        self.between(step)
 
     def due(self, step: int) -> bool:
         """Whether the trace begins or ends behind this step, so that it must be waited for."""

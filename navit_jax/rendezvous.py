@@ -147,8 +147,12 @@ def _refuse(peers: Iterable[Connection], text: str) -> NoReturn:
 
 
 def _call(place: Place) -> tuple[list[Connection], int]:
-    reason = "nobody listens there"
+    reason, speak = "nobody listens there", time.monotonic() + 10
     while time.monotonic() < place.deadline:
+        if time.monotonic() > speak:
+            speak += 30
+            text = f"process {place.index} of {place.count} waits for process 0 at {place} ({reason})"
+            print(text, file=sys.stderr, flush=True)
         try:
             peer = Connection(socket.create_connection((place.host, place.port), timeout=5), 0, place.host)
         except OSError as error:

@@ -7,12 +7,14 @@ it happens to find in the weights. Specs are spelled out and pinned at the step'
 `P('data', None)` would be two cache entries.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import UserError
@@ -38,8 +40,9 @@ RULES = (
 def make_mesh(cfg: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, sizes of data, fsdp and tensor; one of them may be -1, what is left.
 
-    cfg: all on `data` by default. devices: all of the run by default. Raises UserError where the sizes do not multiply
-    to the number of devices.
+    cfg: all on `data` by default. devices: all of the run by default. Over several TPU slices, which a slower network
+    joins, only `data` extends. Raises UserError where the sizes do not multiply to the number of devices, or do not
+    suit processes or slices.
     """
     count = len(devices) if devices is not None else jax.device_count()
     sizes = [int(cfg[axis]) for axis in AXES] if cfg is not None else [-1, 1, 1]
@@ -52,8 +55,19 @@ def make_mesh(cfg: Mapping[str, int] | None = None, devices: Sequence[jax.Device
             f"{given} need {'a multiple of ' * (-1 in sizes)}{fixed} devices; this run has {count}. Set mesh.data=-1 "
             f"and sizes whose product divides {count}."
         )
-    sizes = tuple(count // fixed if size == -1 else size for size in sizes)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    data, fsdp, tensor = (count // fixed if size == -1 else size for size in sizes)
+    here, types = jax.local_device_count(), (AxisType.Auto,) * 3
+    if devices is None and jax.process_count() > 1 and tensor % here and here % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} would split the {here} devices of a process unevenly: set a divisor of {here}."
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in (jax.devices() if devices is None else devices)})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise UserError(f"mesh.data={data} does not divide over {slices} slices: fsdp and tensor stay within a slice.")
+    within = (data // slices, fsdp, tensor)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=types)
 
 
 def check_rows(mesh: Mesh, count: int, field: str = "packing.rows_per_step", parts: int = 1) -> None:
@@ -141,12 +155,17 @@ def put(mesh: Mesh, batch: Any, count: int) -> Any:
     return jax.tree.map(leaf, batch)
 
 
+@functools.cache
+def _gather(mesh: Mesh) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
 def everywhere(here: Any, batch: Any) -> Any:
     """The rows of all processes as numpy, in every one. here: this process's rows. batch: what `put` made of them."""
     if jax.process_count() == 1:
         return here
     mesh = jax.tree.leaves(batch)[0].sharding.mesh
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(batch))
+    return jax.device_get(_gather(mesh)(batch))
 
 
 def host_numbers(mesh: Mesh) -> NamedSharding:

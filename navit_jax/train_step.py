@@ -54,7 +54,8 @@ def make_train_step(
 
     shardings: of the state, from `sharding.state_shardings`. host: [devices, n] float32, what the hosts want summed
     (`sharding.put_host`). The loss is the mean over the real images of the whole batch; with `accumulate`, rows are
-    processed in that many parts whose sums are added before the one division, so it equals the undivided step.
+    processed in that many parts whose sums are added before the one division, so it equals the undivided step; over
+    several devices each part's gradients are summed over them, so parts cost communication as well as save memory.
     metrics: sums over the batch `loss`, `correct`, `images` and `tokens`, `host` [n], and `grad_norm`.
     """
 

@@ -56,6 +56,22 @@ def test_one_is_killed_while_the_other_computes_or_waits(victim, event):
 
 
 @pytest.mark.slow
+def test_what_failed_in_all_processes_is_told_from_what_failed_in_one():
+    body = """
+    with distributed.session(address, count, index):
+        assert failed_everywhere(KeyError(index))
+        if index:
+            assert not failed_everywhere(ValueError("here alone"))
+        else:
+            time.sleep(11)
+    """
+    with Processes(2, body, JAX + "from navit_jax.checkpoint_integrity import failed_everywhere") as run:
+        for index in range(2):
+            status, out, error = run.end(index)
+            assert status == 0 and out == "left\n", error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_hanging_process_in_a_run_of_jax(victim):
     with Processes(2, STEPS.format(event="time.sleep(0.01)"), JAX) as run:

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import scaling
 from configs import base
 from input_pipeline.errors import UserError
-from navit_jax import metrics, navit, plan
+from navit_jax import metrics, navit, plan, sharding
 from navit_jax.plan import chips, estimate, hlo, step, topology
 from navit_jax.plan.hlo import Collective
 
@@ -73,6 +74,17 @@ def test_a_device_of_a_slice_is_a_chip(name, kind):
     assert len(devices) == target.count
     assert {tuple(d.coords)[: len(target.shape)] for d in devices} == set(np.ndindex(target.shape))
     assert all(kind in d.device_kind for d in devices)
+
+
+@needs_libtpu
+def test_between_slices_goes_only_the_data_axis():
+    topology.prepare(topology.parse("v5e:4x4"))
+    two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    mesh = sharding.make_mesh(dict(data=-1, fsdp=4, tensor=2), two)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices == slices[:, :1, :1]).all() and slices[:2].max() == 0 and slices[2:].min() == 1
+    with pytest.raises(UserError, match="mesh.data=1 does not divide over 2 slices"):
+        sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1), two)
 
 
 @needs_libtpu

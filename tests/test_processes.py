@@ -99,13 +99,11 @@ def test_sigterm_to_one_process_saves_and_stops_all_and_eight_devices_go_on(alon
 def test_the_loss_of_a_process_stops_the_others_and_the_same_command_resumes(alone, tmp_path, victim):
     process = start(tmp_path, 2, **{"checkpoint_every_steps": 3})
     os.kill(wait_for_step(tmp_path, 5, process, saved=1)[victim], signal.SIGKILL)
-    killed = time.monotonic()
     status, out = finish(process, timeout=60)  # "within a minute"
     assert status == LOST, out[-3000:]
     assert max(losses(lines(tmp_path))) < 20
     assert re.search(rf"^\[{1 - victim}\].*process {victim}", out, re.MULTILINE), out[-3000:]
     assert "resumes" in out and "Traceback" not in out and "*** Check failure stack trace" not in out, out[-3000:]
-    assert time.monotonic() - killed < 60
     status, out = finish(start(tmp_path, 2, **{"checkpoint_every_steps": 3}))
     assert status == 0 and "resumed at step" in out, out[-3000:]
     assert_same(lines(tmp_path), alone)

@@ -20,7 +20,7 @@ def test_anything_but_two_steps_in_order_is_refused(tmp_path, steps):
 @pytest.mark.parametrize("start, total", [(10, 20), (0, 12), (15, 20)])
 def test_steps_that_the_run_does_not_train_are_refused(tmp_path, start, total):
     with pytest.raises(UserError, match=f"{start + 1} to {total}"):
-        profiling.Profile("10:13", tmp_path).begin(start, total)
+        profiling.Profile("10:13", tmp_path).check(start, total)
 
 
 def test_the_trace_of_a_run_holds_its_steps_and_no_other(tmp_path, monkeypatch):

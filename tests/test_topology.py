@@ -21,7 +21,8 @@ MESHES = {"8,1,1": "data", "2,4,1": "data x fsdp", "2,2,2": "data x fsdp x tenso
 
 
 def devices(count):
-    flags = f"--xla_force_host_platform_device_count={count}"
+    # The CPU's other scheduler can hold all threads in collectives of one step that wait for each other.
+    flags = f"--xla_force_host_platform_device_count={count} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 

@@ -16,6 +16,7 @@ from absl import flags
 import train
 from configs import quickstart
 from input_pipeline.errors import UserError
+from navit_jax import checkpoint, console
 
 ROOT = Path(train.__file__).parent
 
@@ -127,6 +128,32 @@ def test_sigterm_saves_and_says_so(tmp_path):
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "stopped at step" in out, out
     assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_signal_at_an_evaluation_saves_at_once_and_the_next_cannot_cut_the_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("a machine that is taken back waits for nobody"))
+    monkeypatch.setattr(console.StopSignal, "requested", property(lambda self: True, lambda self, _: None), False)
+    at_close, close = [], checkpoint.Checkpoints.close
+
+    def watched(checkpoints):
+        at_close.append(signal.getsignal(signal.SIGTERM))
+        close(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", watched)
+    assert max(losses(run(tiny(eval_every_steps=1), tmp_path))) == 1
+    assert (tmp_path / "checkpoints" / "1").exists()
+    assert signal.SIG_DFL not in at_close and len(at_close) == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such image")
+
+    monkeypatch.setattr(train, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="no such image"):
+        run(tiny(eval_every_steps=3), tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_a_change_that_would_break_the_sequence_is_refused_by_name(whole):
