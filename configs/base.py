@@ -18,6 +18,7 @@ def data() -> ConfigDict:
     c.eval_split = "validation"
     c.image_field = "image"  # where TFDS, ArrayRecord and Hugging Face records keep the image
     c.label_field = "label"
+    c.text_field = ""  # where records keep the text; "": text or caption
     c.multi_label = False  # targets are sets of classes: loss.kind must be sigmoid
     c.channels = 3  # 1, 3 or N
     c.bits = 8  # 8, or 16 to keep 16-bit images whole
@@ -99,6 +100,31 @@ def model() -> ConfigDict:
     return c
 
 
+def text() -> ConfigDict:
+    c = ConfigDict()  # of a contrastive run
+    c.tokenizer = "bytes"  # bytes | the path of a Hugging Face tokenizer.json or of a SentencePiece *.model
+    c.max_tokens = 64  # longer texts are cut, and counted
+    c.lower = True  # texts in lower case
+    c.row_length = 0  # T, text tokens a row; 0: what the texts of a step's images need, from a dry run
+    c.texts_per_row = 0  # M, slots a row; 0: from a dry run
+    c.width, c.depth, c.heads, c.mlp_dim = 0, 0, 0, 0  # 0: the image tower's
+    c.vocab_size = 0  # rows of the token table; 0: the tokenizer's
+    c.pool = "last"  # last (token) | map | mean
+    return c
+
+
+def contrastive() -> ConfigDict:
+    c = ConfigDict()
+    c.loss = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
+    c.embed_dim = 512  # of the common space
+    c.init_scale = 10.0  # of the logits, 1 / temperature; learned
+    c.max_scale = 100.0  # the learned scale stays below
+    c.init_bias = -10.0  # sigmoid; learned
+    c.block = 1024  # images a block of logits: temporaries are block x texts / devices
+    c.cache_parts = 1  # towers see a step's rows in this many parts, the loss all of them (gradient caching)
+    return c
+
+
 def optim() -> ConfigDict:
     c = ConfigDict()
     c.name = "adamw"  # adamw | adafactor
@@ -130,6 +156,7 @@ def evaluation() -> ConfigDict:
     c.token_budgets = (64, 128, 256)  # each image is resized to at most this many tokens
     c.rows_per_step = 0  # 0: as in training
     c.max_examples = 0  # of the held-out images; 0: all
+    c.prompts = ""  # zero-shot: file of templates, a line each, {} for the class; "": the embedded set's own, none: off
     c.fewshot_shots = ()  # images a class of the linear probe
     c.fewshot_ridge = 1024.0  # its L2 penalty
     return c
@@ -146,9 +173,11 @@ def get_config() -> ConfigDict:
     c.keep_checkpoints = 2  # the last ones, and the best besides
     c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 at the largest budget
     c.init_from = ""  # a run's folder or checkpoint to fine-tune from
+    c.objective = "supervised"  # supervised (labels) | contrastive (texts)
     c.loss = ConfigDict(dict(kind="sigmoid", label_smoothing=0.0))  # sigmoid | softmax
     c.data, c.packing, c.resolution, c.drop, c.augment = data(), packing(), resolution(), drop(), augment()
     c.model, c.optim, c.mesh, c.eval = model(), optim(), mesh(), evaluation()
+    c.text, c.contrastive = text(), contrastive()
     return c.lock()
 
 

@@ -24,13 +24,32 @@ class Packed(NamedTuple):
     grids: np.ndarray
 
 
+class Pairs(NamedTuple):
+    """The texts of a contrastive step, B rows of T tokens and M slots, and which text belongs to which image.
+
+    A text may lie in any row of the step. Whatever has no partner carries no loss.
+
+    texts: values [B, T] token ids; coords of a token are (0, 0, place in its text), grids (1, 1, length).
+    example_BK, example_BM: [B, K] and [B, M] int32, a number of this step that an image and its text share; -1: none.
+    number_BK, number_BM: int32, the same for equal texts of the data, of an image its text's; -1: none.
+    """
+
+    texts: Packed
+    example_BK: np.ndarray
+    example_BM: np.ndarray
+    number_BK: np.ndarray
+    number_BM: np.ndarray
+
+
 class Batch(NamedTuple):
     """What a step reads: packed rows and what rides beside them, per slot. A pytree.
 
     labels: [B, K] int32 (-1: none), or [B, K, C] float32 for sets of classes and blends.
     index: [B, K] int32, the image's number in its source; -1: empty slot.
+    pairs: of a contrastive step.
     """
 
     images: Packed
     labels: np.ndarray
     index: np.ndarray
+    pairs: Pairs | None = None
