@@ -26,9 +26,9 @@ from navit_jax import (
     cli,
     console,
     distributed,
-    losses,
     metrics,
     navit,
+    objectives,
     optim,
     plan,
     profiling,
@@ -38,7 +38,7 @@ from navit_jax import (
     writers,
 )
 from navit_jax.checkpoint_integrity import failed_everywhere
-from navit_jax.evaluators import classification, fewshot
+from navit_jax.evaluators import suite
 
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; resumed where it exists. Default: runs/<config>-<time>."
@@ -86,37 +86,36 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     navit.variant(config.model.variant)
     profile = profiling.Profile(PROFILE_STEPS.value, workdir)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(mesh, config.packing.rows_per_step, parts=config.optim.accumulate_steps)
+    sharding.check_rows(mesh, config.packing.rows_per_step, parts=objectives.parts(config))
     sharding.check_rows(mesh, stream.eval_rows(config), "eval.rows_per_step")
     train_images, held_out = (stream.open_images(config, split, distributed.group()) for split in ("train", "eval"))
     eval_images = stream.match_classes(train_images, held_out)
     rows, classes = stream.train_stream(config, train_images), train_images.classes
     total = stream.total_steps(config, rows)
     console.fit_schedule(config.optim, total)
-    model, graph, shapes = navit.for_classes(config, classes)
-    tx, schedule = optim.make_optimizer(config.optim, shapes, total)
-    like = start.shapes(shapes, tx, bool(config.optim.ema_decay), mesh)
+    objective = objectives.make(config, classes, train_images.tokenizer and train_images.tokenizer.vocab_size)
+    tx, schedule = optim.make_optimizer(config.optim, objective.shapes, total)
+    like = start.shapes(objective.shapes, tx, bool(config.optim.ema_decay), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    options = dict(accumulate=config.optim.accumulate_steps, ema_decay=config.optim.ema_decay, seed=config.seed)
-    best = config.best_metric or f"eval/{'map' if config.data.multi_label else 'top1'}@{max(config.eval.token_budgets)}"
-    console.describe(config, rows, len(eval_images.sizes), model, total, mesh)
+    options = dict(limit=objective.limit, ema_decay=config.optim.ema_decay, seed=config.seed)
+    best = config.best_metric or f"{suite.default_metric(config)}@{max(config.eval.token_budgets)}"
+    console.describe(config, rows, len(eval_images.sizes), objective, total, mesh)
     meta = dict(config=json.loads(config.to_json_best_effort()), data=stream.fingerprint(train_images))
     folder = CHECKPOINTS.value or workdir / "checkpoints"
     console.check_shared(folder)
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints, best)
     begun = start.restore(checkpoints, like, None if EVAL_ONLY.value else meta)
-    begun = begun or start.fresh(config, model, tx, shardings, whole=EVAL_ONLY.value)
+    begun = begun or start.fresh(config, objective.init, tx, shardings, whole=EVAL_ONLY.value)
     return SimpleNamespace(
         config=config,
         workdir=workdir,
         mesh=mesh,
         rows=rows,
-        model=model,
+        objective=objective,
         total=total,
         schedule=schedule,
-        evaluations=prepare_evaluations(config, train_images, eval_images, mesh),
-        forward=train_step.make_forward(graph, mesh, shardings["params"]),
-        step=train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, shardings, **options),
+        evaluations=prepare_evaluations(config, train_images, eval_images, objective, shardings["params"], workdir),
+        step=train_step.make_train_step(objective.gradient(mesh), tx, mesh, shardings, **options),
         meta=meta,
         checkpoints=checkpoints,
         profile=profile,
@@ -150,7 +149,7 @@ def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopS
     that all processes read the same and leave the loop at the same step.
     """
     config, total, mesh, count = run.config, run.total, run.mesh, run.config.packing.rows_per_step
-    peak, peak_name = metrics.peak_flops(jax.local_devices()[0], run.model.compute_dtype)
+    peak, peak_name = metrics.peak_flops(jax.local_devices()[0], run.objective.dtype)
     tqdm.write(f"MFU is against {peak_name}")
     meter, step, pending, compiled = metrics.Meter(peak * jax.device_count()), run.start, None, None
     local, stopping = sharding.local_rows(mesh, count), False
@@ -158,7 +157,7 @@ def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopS
     run.profile.between(step)
     for batch, info in meter.waits(run.rows.loader(total, start=run.start, snapshot=run.snapshot, local=local)):
         with meter.timed("h2d"):
-            flops, skipped = metrics.of_rows(run.model, batch, info)
+            flops, skipped = objectives.flops(run.objective, batch), len(info.bad)
             host = sharding.put_host(mesh, (flops / peers, skipped / peers, stop.requested))
             on_device = sharding.put(mesh, batch, count)
         if compiled is None:
@@ -216,31 +215,40 @@ def _every(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def prepare_evaluations(config: ConfigDict, train_images: stream.Images, images: stream.Images, mesh: object) -> list:
-    """Functions of (forward, params), each giving scores; planned before training, so that mistakes show before it."""
-    budgets, classes = sorted(set(config.eval.token_budgets)), images.classes
-    count = stream.eval_rows(config)
-    put, local = functools.partial(sharding.put, mesh, count=count), sharding.local_rows(mesh, count)
+def prepare_evaluations(
+    config: ConfigDict,
+    train_images: stream.Images,
+    images: stream.Images,
+    objective: objectives.Objective,
+    shardings: dict,
+    workdir: Path,
+) -> list[suite.Evaluation]:
+    """The run's evaluations with their rows planned; shardings: of the parameters."""
+    mesh, count = jax.tree.leaves(shardings)[0].mesh, stream.eval_rows(config)
+    local = sharding.local_rows(mesh, count)
+    place = suite.Place(functools.partial(sharding.put, mesh, count=count), count, local, workdir)
+    forward = train_step.make_forward(objective.forward, mesh, shardings)
+    budgets = sorted(set(config.eval.token_budgets))
     loaders = stream.eval_loaders(config, [(images, budget, None) for budget in budgets], local)
-    options = dict(multi_label=config.data.multi_label, probabilities=config.loss.kind, num_classes=classes)
     at = dict(zip(budgets, loaders, strict=True))
-    runs = [
-        lambda forward, params, workdir: classification.at_budgets(forward, params, at, put, workdir=workdir, **options)
-    ]
+    if objective.forward_texts:
+        forward_texts = train_step.make_forward(objective.forward_texts, mesh, shardings)
+        found = suite.contrastive(config, forward, forward_texts, at, images, place)
+    else:
+        found = suite.supervised(config, forward, at, images.classes, place)
     if config.eval.fewshot_shots:
         chosen_CS = shots.choose_shots(train_images, max(config.eval.fewshot_shots), config.seed)
         wanted = [(train_images, budgets[-1], np.sort(chosen_CS.ravel())), (images, budgets[-1], None)]
         pair = stream.eval_loaders(config, wanted, local)
-        probe = dict(chosen_CS=chosen_CS, shots=config.eval.fewshot_shots, ridge=config.eval.fewshot_ridge)
-        runs.append(lambda forward, params, _: fewshot.run(forward, params, *pair, put, num_classes=classes, **probe))
-    return runs
+        found.append(suite.few_shot(config, forward, pair, chosen_CS, images.classes, place))
+    return found
 
 
 def evaluate(run: SimpleNamespace, step: int, writer: writers.MetricWriter) -> dict:
     """Accuracy at every token budget and the few-shot probe where asked for, of the average where one is kept."""
     params, scores = run.state.get("ema", run.state["params"]), {}
     for evaluation in run.evaluations:
-        scores |= evaluation(run.forward, params, run.workdir)
+        scores |= evaluation(params)
     writer.write(step, scores)
     tqdm.write(f"step {step}: " + "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in scores.items()))
     return scores

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import base
 from input_pipeline import packing, stream
 from input_pipeline.sources.shapes import ASPECTS
-from navit_jax import losses, navit, optim, sharding, start, train_step
+from navit_jax import losses, navit, objectives, optim, sharding, start, train_step
 from navit_jax.evaluators import classification
 
 NATIVE, SQUASHED, SQUARE = "NaViT, native", "NaViT, squashed", "ViT, fixed square"
@@ -74,7 +74,8 @@ def build(config: ConfigDict) -> SimpleNamespace:
     subset = np.arange(SUBSET) * len(held_out.sizes) // SUBSET
     some, every = stream.eval_loaders(config, [(held_out, TOKENS, subset), (held_out, TOKENS, None)])
     put = functools.partial(sharding.put, mesh, count=stream.eval_rows(config))
-    forward = train_step.make_forward(graph, mesh, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
+    places = jax.tree.map(lambda _: sharding.replicated(mesh), shapes)
+    forward = train_step.make_forward(objectives.make(config, train.classes).forward, mesh, places)
 
     def accuracy(params: dict, loader: object) -> float:
         return classification.run(forward, params, loader, put, num_classes=train.classes)["top1"]
@@ -112,8 +113,9 @@ def training(run: SimpleNamespace, steps: int, lr: float) -> Iterator[tuple[dict
     tx = optimizer(run, steps, lr)
     places = jax.tree.map(lambda leaf: leaf.sharding, start.shapes(run.shapes, tx, False, run.mesh))
     state = train_step.new_state(functools.partial(navit.init_params, run.model, config.seed), tx, False, places)
-    loss, host = losses.make_loss(config.loss), sharding.put_host(run.mesh, [0.0])
-    step = train_step.make_train_step(run.graph, tx, loss, run.mesh, places, seed=config.seed)
+    gradient = objectives.supervised_gradient(run.graph, losses.make_loss(config.loss))
+    host = sharding.put_host(run.mesh, [0.0])
+    step = train_step.make_train_step(gradient, tx, run.mesh, places, seed=config.seed)
     for batch, _ in run.rows.loader(steps):
         rows = sharding.put(run.mesh, batch, count)
         if compiled is None:

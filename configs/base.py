@@ -232,6 +232,16 @@ def own_data(c: ConfigDict) -> ConfigDict:
     return c
 
 
+def captions(c: ConfigDict) -> ConfigDict:
+    """Images with texts of the user's: the paper's sides and softmax over all pairs of the step, texts of 64 tokens."""
+    c.packing.update(row_length=256, rows_per_step=64)
+    c.model.posemb_beyond = "interpolate"  # for the rare very long image
+    c.optim.update(lr=1e-3, warmup_steps=2000, cooldown_steps=2000, b2=0.95, weight_decay=((".*kernel$", 1e-4),))
+    c.update(total_epochs=10.0, log_every_steps=20, checkpoint_every_steps=1000, eval_every_steps=2000)
+    c.data.label_field = ""
+    return c
+
+
 def navit(name: str, variant: str, arg: str, *, demo_steps: int, demo_lr: float) -> ConfigDict:
     """A NaViT of this size on the data that `arg` names: the demo, the ImageNet recipe or the one for own data."""
     c = get_config()

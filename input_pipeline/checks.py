@@ -14,7 +14,7 @@ def check(config: ConfigDict) -> None:
     c, parts = config, config.optim.accumulate_steps
     drop, aug, scores = c.drop, c.augment, ("top1", "top5", "ece", "map")
     budgets = c.eval.token_budgets
-    best = c.best_metric
+    best, text, cached = c.best_metric, c.text, c.contrastive.cache_parts
     rules = [
         ("data.decode", c.data.decode in ("fast", "full"), "fast or full"),
         ("data.bits", c.data.bits in (8, 16), "8 or 16"),
@@ -33,6 +33,8 @@ def check(config: ConfigDict) -> None:
         ("drop.end_rate", 0 <= drop.end_rate < 1, "a share from 0 to below 1"),
         ("drop.tau_examples", drop.tau_examples != 0, "another number than 0; negative decreases"),
         ("augment.mixup", aug.mixup >= 0, "0 or more"),
+        ("augment.mixup", not aug.mixup or c.objective != "contrastive",
+         "0, as a blend of two images has no text and the objective is contrastive"),
         ("augment.erasing", 0 <= aug.erasing <= 1, "a share from 0 to 1"),
         ("augment.randaugment_ops", aug.randaugment_ops >= 0, "0 or more"),
         ("optim.accumulate_steps", parts >= 1 and c.packing.rows_per_step % max(1, parts) == 0,
@@ -41,8 +43,17 @@ def check(config: ConfigDict) -> None:
         ("eval.token_budgets", len(budgets) > 0 and all(b >= 1 for b in budgets), "one or more numbers of tokens"),
         ("eval.fewshot_shots", all(s >= 1 for s in c.eval.fewshot_shots), "numbers of images, 1 or more each"),
         ("log_every_steps", c.log_every_steps >= 1, "1 or more"),
+        ("objective", c.objective in ("supervised", "contrastive"), "supervised or contrastive"),
+        ("text.max_tokens", text.max_tokens >= 1, "1 or more"),
+        ("text.row_length", text.row_length >= 0, "1 or more, or 0 to choose"),
+        ("text.texts_per_row", text.texts_per_row >= 0, "1 or more, or 0 to choose"),
+        ("contrastive.loss", c.contrastive.loss in ("softmax", "sigmoid"), "softmax or sigmoid"),
+        ("contrastive.block", c.contrastive.block >= 1, "1 or more"),
+        ("contrastive.cache_parts", cached >= 1 and c.packing.rows_per_step % max(1, cached) == 0,
+         f"a divisor of packing.rows_per_step={c.packing.rows_per_step}"),
+        ("text.vocab_size", text.vocab_size >= 0, "1 or more, or 0 for the tokenizer's"),
         ("loss.kind", not (c.data.multi_label and c.loss.kind == "softmax"), "sigmoid, as data.multi_label is set"),
-        ("best_metric", not best or best.startswith("fewshot/") or best in
+        ("best_metric", not best or best.startswith(("fewshot/", "zeroshot/", "retrieval/")) or best in
          [f"eval/{s}@{b}" for s in scores for b in budgets], f"such as eval/top1@{max(budgets, default=256)}"),
     ]  # fmt: skip
     wrong = [(name, expected) for name, fine, expected in rules if not fine]

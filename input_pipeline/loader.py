@@ -3,7 +3,8 @@
 The rows are a random-access source to Grain, so its threads and processes can build them out of order while they
 arrive in order. The planner runs in each process: at a few microseconds an image that is cheaper than shipping plans,
 and every process then knows every row. A batch carries the planner's snapshot behind its last row, so a checkpoint
-is the step and a few KB, and resuming replays nothing.
+is the step and a few KB, and resuming replays nothing. Rows are planned a whole step at a time, because the texts of
+a contrastive step are packed together.
 """
 
 import logging
@@ -17,8 +18,9 @@ import numpy as np
 from absl import flags
 
 from input_pipeline.errors import UserError
-from input_pipeline.packed import Batch, Packed
+from input_pipeline.packed import Batch, Packed, Pairs
 from input_pipeline.packing import Planner, RowPlan
+from input_pipeline.pairing import StepTexts
 from input_pipeline.rows import Row, RowBuilder, empty_row
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,14 @@ class Info(NamedTuple):
     bad: tuple[tuple[int, str], ...]
 
 
+class _Planned(NamedTuple):
+    """A row to build. snapshot: behind the whole step, of the last local row of a step; None of others."""
+
+    plan: RowPlan | None
+    texts: StepTexts | None
+    snapshot: dict | None
+
+
 class _Rows:
     """Random access to the rows that this process addresses; row numbers count from the step `start`."""
 
@@ -41,7 +51,7 @@ class _Rows:
 
     def _reset(self) -> None:
         self._planner = Planner(self.builder.sampler, **self.plan)
-        self._ready: dict[int, tuple[RowPlan | None, dict | None]] = {}
+        self._ready: dict[int, _Planned] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -61,30 +71,31 @@ class _Rows:
         # An exception that leaves a Grain source ends or desynchronises the iterator, so it travels as a value.
         try:
             step, place = divmod(int(i), len(self.local))
-            plan, snapshot = self._plan((self.start + step) * self.rows + self.local[place])
+            plan, texts, snapshot = self._plan((self.start + step) * self.rows + self.local[place])
             row = empty_row(self.builder) if plan is None else self.builder(plan)
+            if texts is not None:
+                row = row._replace(pairs=self.builder.pairs(texts, self.local[place], row.index))
             return row, snapshot
         except Exception as error:
             return error, None
 
-    def _plan(self, row: int) -> tuple[RowPlan | None, dict | None]:
-        """The plan of a row and, for the last local row of a step, the snapshot behind the whole step."""
+    def _plan(self, row: int) -> _Planned:
         with self._lock:
             if row not in self._ready and row < self._planner.row:
                 self._reset_to_start()
-            last = (row // self.rows + 1) * self.rows
-            while self._planner.row < last:
-                here = self._planner.row
-                plan = next(self._planner, None)
-                if plan is None:
-                    self._planner.row = here + 1
-                done = here % self.rows == self.rows - 1
-                self._ready[here] = (plan, None)
-                if done:
-                    mine = here - here % self.rows + self.local[-1]
-                    self._ready[mine] = (self._ready[mine][0], self._planner.snapshot())
-                self._ready.pop(here - 64 * self.rows - 4096, None)  # rows of other processes are never asked for
+            while self._planner.row <= row:
+                self._plan_step()
             return self._ready.pop(row)
+
+    def _plan_step(self) -> None:
+        first = self._planner.row
+        plans = [next(self._planner, None) for _ in range(self.rows)]
+        self._planner.row = first + self.rows  # which rows behind the last image do not count
+        texts, snapshot = self.builder.plan_texts(plans), self._planner.snapshot()
+        for place in self.local:
+            self._ready[first + place] = _Planned(plans[place], texts, snapshot if place == self.local[-1] else None)
+        for row in range(first, first + self.rows):  # what the readers of other processes were given is not asked for
+            self._ready.pop(row - 64 * self.rows - 4096, None)
 
     def _reset_to_start(self) -> None:
         self._planner, self._ready = Planner(self.builder.sampler, **self.plan), {}
@@ -96,7 +107,11 @@ def _stack(rows: Sequence[tuple[Row | Exception, dict | None]]) -> tuple[Batch, 
             return row
     built = [row for row, _ in rows]
     images = Packed(*(np.stack(field) for field in zip(*(row.images for row in built))))
-    batch = Batch(images, np.stack([row.labels for row in built]), np.stack([row.index for row in built]))
+    pairs = None
+    if built[0].pairs is not None:
+        texts, *ids = zip(*(row.pairs for row in built), strict=True)
+        pairs = Pairs(Packed(*map(np.stack, zip(*texts, strict=True))), *map(np.stack, ids))
+    batch = Batch(images, np.stack([row.labels for row in built]), np.stack([row.index for row in built]), pairs)
     return batch, Info(rows[-1][1], tuple(bad for row in built for bad in row.bad))
 
 

@@ -1,40 +1,61 @@
 """From a planned row to its arrays: read, decode, crop, resize, augment, cut, keep; a bad image leaves its slot empty.
 
+In a contrastive run a row of texts comes with it, of the same number but not of the same examples (`pairing`).
 Everything random comes from a generator keyed on the image's stream position: a row is the same wherever it is built.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from input_pipeline import augment, decode, keys
+from input_pipeline import augment, decode, keys, pairing
 from input_pipeline.budget import Draws, Sampler
 from input_pipeline.errors import DecodeError
-from input_pipeline.packed import Packed
+from input_pipeline.packed import Packed, Pairs
 from input_pipeline.packing import RowPlan
 from input_pipeline.patches import patchify, resize
 from input_pipeline.sources import Source
 
+if TYPE_CHECKING:
+    from input_pipeline.text_index import Texts
+
 
 class Row(NamedTuple):
-    """One row: `Packed` fields without their first axis, what rides beside them, and what went wrong.
+    """One row: the fields of a batch without their first axis, and what went wrong.
 
     labels: [K] int32 (-1: none) or [K, C] float32 for sets and blends. index: [K] int32 of the source, -1: empty.
-    bad: (index, reason) of each image that could not be used.
+    bad: (index, reason) of each image that could not be used. pairs: of a contrastive run, filled in by the loader.
     """
 
     images: Packed
     labels: np.ndarray
     index: np.ndarray
     bad: tuple[tuple[int, str], ...]
+    pairs: Pairs | None = None
 
 
 class RowBuilder:
-    """`builder(plan) -> Row` for one source and sampler; `soft` labels are [K, C] rather than [K]."""
+    """`builder(plan) -> Row` for one source and sampler; `soft` labels are [K, C] rather than [K].
 
-    def __init__(self, source: Source, sampler: Sampler, config: ConfigDict, *, length: int, slots: int, classes: int):
+    texts, text_plan: of a contrastive run, whose rows come in pairs; T and M.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: Sampler,
+        config: ConfigDict,
+        *,
+        length: int,
+        slots: int,
+        classes: int,
+        texts: "Texts | None" = None,
+        text_plan: pairing.TextPlan | None = None,
+    ):
         self.source, self.sampler, self.config, self.classes = source, sampler, config, classes
+        self.texts, self.text_plan = texts, text_plan
         self.length, self.slots, self.train = length, slots, not sampler.budget
         self.dtype = np.uint16 if config.data.bits == 16 else np.uint8
         self.mixup = config.augment.mixup if self.train else 0.0
@@ -55,6 +76,22 @@ class RowBuilder:
         if self.mixup:
             pixels, labels = self._mix(pixels, labels, plan.positions)
         return self._assemble(plan, drawn, pixels, labels, tuple(bad))
+
+    def plan_texts(self, plans: Sequence[RowPlan | None]) -> pairing.StepTexts | None:
+        """The text rows of a step from its image rows; None in a run without texts."""
+        if self.texts is None:
+            return None
+        return pairing.plan_step(plans, self.sampler, self.texts, self.text_plan.length, self.text_plan.slots)
+
+    def pairs(self, step: pairing.StepTexts, row: int, index: np.ndarray) -> Pairs:
+        """`Pairs` without their first axis: text row `row` of the step, and the ids of its image row of that number.
+
+        index: [K] of the image row, -1 where an image could not be used.
+        """
+        examples, (length, slots, *_) = step.rows[row], self.text_plan
+        packed, example_M, number_M = pairing.text_row(self.texts, step.index[examples], examples, length, slots)
+        example_K, number_K = pairing.image_ids(self.texts, int(step.first[row]), index)
+        return Pairs(packed, example_K, example_M, number_K, number_M)
 
     def _pixels(self, data: bytes | np.ndarray, drawn: Draws, i: int, position: int) -> np.ndarray:
         """The image at its drawn size, [rows * p, columns * p, C]."""

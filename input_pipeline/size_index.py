@@ -74,22 +74,25 @@ def sizes(
     all of them where they do not have the same data.
     """
     key = hashlib.blake2b(f"{VERSION} {source.fingerprint()}".encode(), digest_size=16)
-    _check_same(source, key.digest(), group)
+    check_same(source, key.digest(), group)
     known = source.known_sizes()
     if known is not None:
         return np.asarray(known, np.int32)
     path = (_default_folder() if cache_dir is None else Path(cache_dir)) / f"{key.hexdigest()}.npy"
     cached = _load(path, len(source))
-    if _everyone(cached is not None, group):
+    if everyone(cached is not None, group):
         return cached
     found, unreachable = _read_together(source, cached, num_threads, progress, group)
     if not unreachable:
-        _keep(path, found, group)
+        keep(path, lambda file: np.save(file, found), group)
     return found
 
 
-def _check_same(source: "Source", key: bytes, group: Group | None) -> None:
-    """Plans are made on sizes alone, so processes that see other data would train on other rows without a word."""
+def check_same(source: "Source", key: bytes, group: Group | None) -> None:
+    """Raises UserError in all processes where their keys differ.
+
+    Plans are made on sizes and texts alone: processes that see other data would train on other rows without a word.
+    """
     if group is None:
         return
     keys = group.gather(np.frombuffer(key, np.uint8))
@@ -104,18 +107,25 @@ def _check_same(source: "Source", key: bytes, group: Group | None) -> None:
         )
 
 
-def _everyone(yes: bool, group: Group | None) -> bool:
+def everyone(yes: bool, group: Group | None) -> bool:
+    """Whether it holds in all processes."""
     return yes if group is None else bool(group.gather(np.array(yes)).all())
 
 
-def _keep(path: Path, found: np.ndarray, group: Group | None) -> None:
+def keep(path: Path, write: Callable[[BinaryIO], None], group: Group | None) -> None:
     """Written by process 0, then by those that do not find its file: their folder is not the same one."""
     lead = group is None or group.rank == 0
     if lead:
-        write_cached(path, lambda file: np.save(file, found))
-    _everyone(True, group)
+        write_cached(path, write)
+    everyone(True, group)
     if not lead and not path.exists():
-        write_cached(path, lambda file: np.save(file, found))
+        write_cached(path, write)
+
+
+def my_part(items: int, group: Group) -> tuple[int, int, int]:
+    """The items of the largest part, and where this process's part starts and stops."""
+    part = -(-items // group.count)
+    return part, min(group.rank * part, items), min((group.rank + 1) * part, items)
 
 
 def _default_folder() -> Path:
@@ -136,8 +146,7 @@ def _read_together(
     """Sizes [N, 2] and how many images nobody could reach; a process that has them cached gives its part of that."""
     if group is None:
         return _read_sizes(source, 0, len(source), num_threads, progress)
-    part = -(-len(source) // group.count)
-    start, stop = (min(r * part, len(source)) for r in (group.rank, group.rank + 1))
+    part, start, stop = my_part(len(source), group)
     if cached is None:
         mine, unreachable = _read_sizes(source, start, stop, num_threads, progress and group.rank == 0)
     else:

@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from input_pipeline import packing
-from input_pipeline.budget import Sampler
+from input_pipeline import packing, pairing
+from input_pipeline.budget import Draws, Sampler
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.rows import RowBuilder
 from input_pipeline.size_index import Group
 from input_pipeline.size_index import sizes as read_sizes
 from input_pipeline.sources import Source, open_source
+from input_pipeline.sources.captions import check_share
+from input_pipeline.text import Tokenizer, open_tokenizer
+from input_pipeline.text_index import Texts, check_missing, read_texts
 
 log = logging.getLogger(__name__)
 _DRY_IMAGES = 20_000  # planned to choose K and to report fill: 0.1 s
@@ -24,29 +27,29 @@ _EXACT_IMAGES = 2_000_000  # up to here an epoch or example count is converted t
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A source with the sizes of its images, [N, 2] int32 (height, width); 0 where the header is unreadable."""
+    """A source with the sizes of its images, [N, 2] int32 (height, width); 0 for images that are left out.
+
+    Left out are unreadable headers and, in a contrastive run, images without text. texts, tokenizer: of that run.
+    """
 
     source: Source
     sizes: np.ndarray
     classes: int
+    texts: Texts | None = None
+    tokenizer: Tokenizer | None = None
 
 
 def open_images(config: ConfigDict, split: str, group: Group | None = None) -> Images:
-    """The images of `train` or `eval`. Raises UserError when too many headers are unreadable.
+    """The images of `train` or `eval`. Raises UserError when too many cannot be used, or the tokenizer cannot.
 
-    group: the processes of the run, which read the headers together.
+    group: the processes of the run, which read the headers and the texts together.
     """
     data = config.data
     spec = (data.eval_source or data.source) if split == "eval" else data.source
     name = data.eval_split if split == "eval" else data.train_split
-    source = open_source(
-        spec,
-        name,
-        image_field=data.image_field,
-        label_field=data.label_field,
-        multi_label=data.multi_label,
-        hold_out=not data.eval_source,
-    )
+    fields = {field: data[field] for field in ("image_field", "label_field", "text_field", "multi_label")}
+    source = open_source(spec, name, **fields, hold_out=not data.eval_source)
+    check_share(source, spec, data.max_bad_share)
     if not len(source):
         raise UserError(f"{spec} has no images in its split {name!r}")
     sizes = read_sizes(source, group=group)
@@ -59,14 +62,34 @@ def open_images(config: ConfigDict, split: str, group: Group | None = None) -> I
             f"data.max_bad_share={data.max_bad_share:g}; "
             f"the first is {source.describe(int(bad[0]))}. Remove them or raise --config.data.max_bad_share."
         )
-    return Images(source, sizes, len(source.class_names))
+    images = Images(source, sizes, len(source.class_names))
+    return _with_texts(config, images, spec, split, group) if config.objective == "contrastive" else images
+
+
+def _with_texts(config: ConfigDict, images: Images, spec: str, split: str, group: Group | None) -> Images:
+    """The images that have a text. A held-out set of classes without any text stays whole, for zero-shot alone."""
+    text, source = config.text, images.source
+    tokenizer = open_tokenizer(text.tokenizer)
+    if 0 < text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"text.vocab_size={text.vocab_size} is too small for the {tokenizer.vocab_size} tokens of text.tokenizer="
+            f"{text.tokenizer!r}. Set --config.text.vocab_size={tokenizer.vocab_size}, or 0."
+        )
+    texts = read_texts(source, tokenizer, max_tokens=text.max_tokens, lower=text.lower, group=group)
+    if split == "eval" and images.classes and not texts.lengths.any():
+        return dataclasses.replace(images, tokenizer=tokenizer)
+    check_missing(texts, source, spec, config.data.max_bad_share)
+    sizes = np.where(texts.lengths[:, None] > 0, images.sizes, 0)
+    return dataclasses.replace(images, sizes=sizes, texts=texts, tokenizer=tokenizer)
 
 
 def match_classes(train: Images, held_out: Images) -> Images:
     """The held-out images with the training set's classes. Raises UserError where they are others.
 
-    Classes that were only counted ('0', '1', ...) may end earlier in the held-out set.
+    Classes that were only counted ('0', '1', ...) may end earlier there. A contrastive run learns none: any will do.
     """
+    if train.texts is not None:
+        return held_out
     ours, theirs = train.source.class_names, held_out.source.class_names
     if not ours:
         raise UserError(
@@ -97,22 +120,28 @@ def _plan_options(config: ConfigDict, sampler: Sampler, length: int, slots: int)
     p = config.packing
     plan = dict(length=length, open_rows=p.open_rows, restore_dropped=p.restore_dropped and not sampler.budget)
     images = min(len(sampler.indices), _DRY_IMAGES) if sampler.budget else _DRY_IMAGES
+    windows = _windows(config, sampler)
+    return plan | dict(slots=max(packing.choose_slots(draw, images, slots=slots, **plan) for draw in windows))
+
+
+def _windows(config: ConfigDict, sampler: Sampler) -> list[Callable[[np.ndarray], Draws]]:
+    """The draws from each place of the stream that a dry run looks at."""
     drop, starts = config.drop, [0]
     if drop.kind == "scheduled" and not sampler.budget:  # images a row change on the way: look at both ends
         starts.append(max(0, int(drop.midpoint_examples + 4 * abs(drop.tau_examples))))
-    windows = [lambda p, s=start: sampler(p + s) for start in starts]
-    return plan | dict(slots=max(packing.choose_slots(draw, images, slots=slots, **plan) for draw in windows))
+    return [lambda p, s=start: sampler(p + s) for start in starts]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
-    """The training rows: `loader(steps)` iterates them; `plan` holds L and K."""
+    """The training rows: `loader(steps)` iterates them; `plan` holds L and K, `text_plan` T and M, if it has texts."""
 
     images: Images
     sampler: Sampler
     builder: RowBuilder
     plan: dict
     rows: int
+    text_plan: pairing.TextPlan | None = None
 
     def loader(
         self, steps: int, *, start: int = 0, snapshot: dict | None = None, local: Sequence[int] | None = None
@@ -140,8 +169,12 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
             "--config.resolution.max_side."
         )
     plan = _plan_options(config, sampler, length, config.packing.images_per_row)
-    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
-    return TrainStream(images, sampler, builder, plan, rows)
+    texts, text_plan = images.texts, None
+    if texts is not None:
+        text_plan = pairing.choose(_windows(config, sampler), plan, texts, rows, _DRY_IMAGES, config.text)
+    options = dict(length=length, slots=plan["slots"], classes=images.classes, texts=texts, text_plan=text_plan)
+    builder = RowBuilder(images.source, sampler, config, **options)
+    return TrainStream(images, sampler, builder, plan, rows, text_plan)
 
 
 def eval_loader(
@@ -206,6 +239,7 @@ def total_steps(config: ConfigDict, stream: TrainStream) -> int:
 
 def fingerprint(images: Images) -> dict:
     """What the training rows depend on besides the config; `source` stands for names, sizes and times of its files."""
-    return dict(
-        source=images.source.fingerprint(), images=len(images.sizes), sizes=int(images.sizes.astype(np.int64).sum())
-    )
+    sizes, found = images.sizes.astype(np.int64), {}
+    if images.texts is not None:
+        found = dict(tokenizer=images.tokenizer.fingerprint(), texts=int((images.texts.lengths > 0).sum()))
+    return dict(source=images.source.fingerprint(), images=len(sizes), sizes=int(sizes.sum()), **found)

@@ -1,7 +1,8 @@
 """Whether what a checkpoint holds fits what is here: parameters by name and shape, configuration field by field.
 
 A run resumes only if it would go on bit-identically, so any field not known to be harmless is refused: a wrong refusal
-costs a new folder, a wrong continuation costs the run. Fine-tuning forgives one thing, a head of another size.
+costs a new folder, a wrong continuation costs the run. Fine-tuning forgives a head of another size, and takes the image
+tower alone from a model of two towers to one of one, or back.
 """
 
 import json
@@ -23,18 +24,19 @@ HARMLESS = {
     *("data.num_threads", "data.num_workers", "data.max_bad_share", "data.eval_source", "data.eval_split"),
     *("eval", "mesh"),
 }
+IMAGE = "image/"  # where a model of two towers keeps its image tower; elsewhere that is the top level
 _ABSENT = "(absent)"
 
 
 def init_from(params_new: Tree, params_old: Tree) -> tuple[Tree, list[str]]:
     """(parameters to start from, what to tell the user): old values with the new dtypes and shardings.
 
-    A `head/` that differs (other classes, or none) stays new and is mentioned. Raises UserError naming any other
-    parameter that is missing, unexpected or of another shape, with both shapes.
+    A `head/` that differs (other classes, or none) stays new, and so does all but the image tower where one model has
+    two towers and the other only that; both are mentioned. Raises UserError naming any other parameter that is missing,
+    unexpected or of another shape, with both shapes.
     """
-    new, old = named_leaves(params_new), named_leaves(params_old)
+    new, old, notes = _shared_tower(named_leaves(params_new), named_leaves(params_old))
     head_new, head_old = ({n: x for n, x in leaves.items() if n.startswith("head/")} for leaves in (new, old))
-    notes = []
     if differences(head_old, head_new, dtypes=False):
         was, now = (
             ", ".join(f"{n} {list(x.shape)}" for n, x in head.items()) or "none" for head in (head_old, head_new)
@@ -43,13 +45,30 @@ def init_from(params_new: Tree, params_old: Tree) -> tuple[Tree, list[str]]:
         new, old = ({n: x for n, x in leaves.items() if not n.startswith("head/")} for leaves in (new, old))
     wrong = differences(old, new, dtypes=False)
     if wrong:
-        raise UserError(f"The parameters to start from do not fit this model:\n{wrong}\nUse that run's config.model.")
+        raise UserError(
+            f"The parameters to start from do not fit this model:\n{wrong}\nUse that run's config.model, and of a "
+            "contrastive run its config.text and config.contrastive."
+        )
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
         value = old.get(name_of(path))
         return leaf if value is None else from_host(np.asarray(value, leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, params_new), notes
+
+
+def _shared_tower(new: dict, old: dict) -> tuple[dict, dict, list[str]]:
+    """(leaves to fill, old leaves by their names here, notes): the image tower's only, if just one has two towers."""
+    two_new, two_old = (any(name.startswith(IMAGE) for name in leaves) for leaves in (new, old))
+    if two_new == two_old:
+        return new, old, []
+    if two_old:
+        old = {name.removeprefix(IMAGE): x for name, x in old.items() if name.startswith(IMAGE)}
+        return new, old, ["The checkpoint is of two towers: its image tower is taken, the rest left out."]
+    new = {name: x for name, x in new.items() if name.startswith(IMAGE)}
+    old = {IMAGE + name: x for name, x in old.items() if not name.startswith("head/")}
+    note = "The checkpoint is of one tower: it becomes the image tower, without its head; all else starts anew."
+    return new, old, [note]
 
 
 def check_compatible(meta_old: dict, meta_new: dict) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from configs.base import EMBEDDED
 from input_pipeline.errors import UserError
-from navit_jax import distributed, navit
+from navit_jax import distributed, navit, objectives
 
 
 class _BarHandler(logging.Handler):
@@ -129,25 +129,32 @@ def warn_unused_accelerator() -> None:
 
 
 def describe(
-    config: ConfigDict, rows: Any, held_out: int, model: navit.NaViTConfig, total: int, mesh: jax.sharding.Mesh
+    config: ConfigDict, rows: Any, held_out: int, objective: objectives.Objective, total: int, mesh: jax.sharding.Mesh
 ) -> None:
     """The run in a few lines: data, packing, model."""
-    found, source = rows.report, config.data.source
+    found, source, texts = rows.report, config.data.source, rows.text_plan
     if source in EMBEDDED:
-        print(
-            f"data: the embedded set {source!r}; for your own: --config {config_path()}:folder=PATH "
-            "(PATH/class/image.jpg)"
-        )
+        layout = "PATH/captions.csv: file_name,text" if texts else "PATH/class/image.jpg"
+        print(f"data: the embedded set {source!r}; for your own: --config {config_path()}:folder=PATH ({layout})")
     print(
         f"      {len(rows.images.sizes)} training images, {held_out} held out, "
         f"{rows.images.classes} classes\n"
         f"rows: {rows.rows} a step of {rows.plan['length']} tokens and {rows.plan['slots']} slots; about "
         f"{found.images / found.rows:.1f} "
         f"images a row, {found.tokens / found.images:.0f} tokens an image, {100 * found.fill:.2f} % filled\n"
-        f"model: {config.model.variant}, {navit.count_params(navit.abstract(model)[1]) / 1e6:.1f} M parameters, "
-        f"{jnp.dtype(model.compute_dtype).name} on "
+        f"{_texts(texts)}"
+        f"model: {config.model.variant}, {navit.count_params(objective.shapes) / 1e6:.1f} M parameters, "
+        f"{jnp.dtype(objective.dtype).name} on "
         f"{_machines(mesh)}; {total} steps",
         flush=True,
+    )
+
+
+def _texts(plan: Any) -> str:
+    if plan is None:
+        return ""
+    return (
+        f"      texts in as many rows of {plan.length} tokens and {plan.slots} slots, {100 * plan.fill:.1f} % filled\n"
     )
 
 
@@ -205,9 +212,8 @@ def finish(workdir: Path, step: int, total: int) -> None:
     if step < total:
         print(f"stopped at step {step} of {total} with a checkpoint; the same command with --workdir={workdir} goes on")
     else:
-        print(
-            f"done: metrics.jsonl, loss.png, accuracy_over_tokens.png, tensorboard/ and checkpoints/ are in {workdir}"
-        )
+        pictures = ", ".join(path.name for path in sorted(workdir.glob("*.png")))
+        print(f"done: metrics.jsonl, {pictures}, tensorboard/ and checkpoints/ are in {workdir}")
 
 
 class StopSignal:

@@ -9,15 +9,10 @@ import functools
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-
-from input_pipeline.packed import Batch
-from navit_jax import navit
 
 # Dense bfloat16 (float16 on V100 and T4) of one jax device in 1e12 FLOP/s, from the makers' data sheets; where those
 # count sparsity, half. One device is half of a TPU v2, v3 or v7x chip.
@@ -61,13 +56,6 @@ def _measure(device: jax.Device, dtype: str, size: int) -> float:
         product(a, a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def of_rows(model: navit.NaViTConfig, batch: Batch, info: Any) -> tuple[float, int]:
-    """(useful training FLOPs, unusable images) of the rows that this process built; info: the loader's."""
-    ids = batch.images.segment_ids
-    lengths = np.bincount((ids + np.arange(len(ids))[:, None] * (ids.max() + 1))[ids > 0])
-    return 3 * navit.flops_forward(model, lengths[lengths > 0]), len(info.bad)  # backward is two forwards' products
 
 
 PARTS = ("data", "h2d", "compute")

@@ -1,6 +1,6 @@
-"""One float32 vector per image, for all images of all rows at once, without a [B, N, K, L] array.
+"""One float32 vector per segment, an image or a text, for all of all rows at once, without a [B, N, K, L] array.
 
-The query of attention pooling is the same for every image, so its logits are [B, L, N] and only the sums differ: a
+The query of attention pooling is the same for every segment, so its logits are [B, L, N] and only the sums differ: a
 product with the [B, K, L] membership. For the same reason the key projection folds into the query, D * N operations a
 token instead of D * D.
 """
@@ -14,19 +14,28 @@ from flax import nnx
 from navit_jax.transformer import Dense, EncoderConfig, LayerNorm, Mlp
 
 KINDS = ("map", "mean")
+TEXT_KINDS = ("last", *KINDS)  # a tokenizer ends a text with a token of its own; an image has no such patch
 EXACT = jax.lax.Precision.HIGHEST
 
 
 def membership(segment_ids_BL: jax.Array, slots: int) -> jax.Array:
-    """[B, K, L] bool: token l belongs to the image of slot k (ids are 1..K)."""
+    """[B, K, L] bool: token l belongs to the segment of slot k (ids are 1..K)."""
     return segment_ids_BL[:, None, :] == jnp.arange(1, slots + 1)[None, :, None]
 
 
 def mean_pool(x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
-    """[B, K, D] float32: the mean of each image's tokens; an empty slot is exactly 0."""
+    """[B, K, D] float32: the mean of each segment's tokens; an empty slot is exactly 0."""
     member_BKL = membership(segment_ids_BL, slots).astype(jnp.float32)
     total_BKD = jnp.matmul(member_BKL, x_BLD.astype(jnp.float32), precision=EXACT)
     return total_BKD / jnp.maximum(member_BKL.sum(-1, keepdims=True), 1)
+
+
+def last_pool(x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
+    """[B, K, D] float32: each segment's last token; an empty slot is exactly 0. Segments lie side by side."""
+    next_BL = jnp.pad(segment_ids_BL[:, 1:], ((0, 0), (0, 1)))  # the row's end closes its last segment
+    last_BL = segment_ids_BL != next_BL
+    chosen_BKL = (membership(segment_ids_BL, slots) & last_BL[:, None]).astype(jnp.float32)
+    return jnp.matmul(chosen_BKL, x_BLD.astype(jnp.float32), precision=EXACT)  # its gradient is no scatter
 
 
 class MapPool(nnx.Module):
@@ -61,7 +70,7 @@ class MapPool(nnx.Module):
 def _weighted_mean(
     logits_BLN: jax.Array, v_BLNH: jax.Array, segment_ids_BL: jax.Array, member_BKL: jax.Array
 ) -> jax.Array:
-    """Softmax-weighted mean of v over each image's tokens, [B, K, N, H] float32; 0 for an empty slot."""
+    """Softmax-weighted mean of v over each segment's tokens, [B, K, N, H] float32; 0 for an empty slot."""
     real_BL1 = (segment_ids_BL > 0)[..., None]
     slot_BL1 = jnp.maximum(segment_ids_BL - 1, 0)[..., None]
     fixed_BLN = jax.lax.stop_gradient(logits_BLN)  # the shift by the maximum changes no result, so no gradient

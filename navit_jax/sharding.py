@@ -31,9 +31,11 @@ RULES = (
     (r"mlp/up/kernel$", ("fsdp", "tensor")),  # D, F
     (r"mlp/up/bias$", ("tensor",)),
     (r"mlp/down/kernel$", ("tensor", "fsdp")),  # F, D
-    (r"^embed/kernel$", (None, "fsdp")),  # P, D
+    (r"(^|/)embed/kernel$", (None, "fsdp")),  # P, D
+    (r"(^|/)pool/probe$", (None, "fsdp")),  # 1, D
     (r"^head/kernel$", ("fsdp", None)),  # D, C
-    (r"^pool/probe$", (None, "fsdp")),  # 1, D
+    (r"_projection/kernel$", ("fsdp", None)),  # D, E
+    (r"^text/table$", (None, "fsdp")),  # V, D: a vocabulary is seldom divisible
 )
 
 
@@ -67,7 +69,8 @@ def make_mesh(cfg: Mapping[str, int] | None = None, devices: Sequence[jax.Device
     if data % slices:
         raise UserError(f"mesh.data={data} does not divide over {slices} slices: fsdp and tensor stay within a slice.")
     within = (data // slices, fsdp, tensor)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=types)
+    over = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(over, AXES, axis_types=types)
 
 
 def check_rows(mesh: Mesh, count: int, field: str = "packing.rows_per_step", parts: int = 1) -> None:

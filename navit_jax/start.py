@@ -5,6 +5,7 @@ starts as one that fits everywhere does.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline.errors import UserError
-from navit_jax import checkpoint, navit, sharding, train_step
+from navit_jax import checkpoint, sharding, train_step
 
 
 class Start(NamedTuple):
@@ -52,13 +53,13 @@ def restore(checkpoints: checkpoint.Checkpoints, like: train_step.State, meta: d
 
 def fresh(
     config: ConfigDict,
-    model: navit.NaViTConfig,
+    init: Callable[[int], dict],
     tx: optax.GradientTransformation,
     shardings: train_step.State,
     whole: bool,
 ) -> Start:
-    """Step 0, random or from `config.init_from`; whole: the latter must bring every parameter, or UserError."""
-    params = functools.partial(navit.init_params, model, config.seed)
+    """Step 0, `init(seed)` or from `config.init_from`; whole: the latter must bring every parameter, or UserError."""
+    params = functools.partial(init, config.seed)
     if config.init_from:
         params = jax.jit(params, out_shardings=shardings["params"])()
         loaded, _ = checkpoint.restore_params(config.init_from)

@@ -1,4 +1,4 @@
-"""One training step and one forward pass, as pure functions of plain dicts.
+"""One training step and one forward pass of any objective, as pure functions of plain dicts.
 
 The model is split once into a static graph and a dict of arrays, and `jax.jit` stands outside: with flax's own jit 24
 small layers took 101 ms a step, this way 17.6. State is {params, opt, step} and, where an average is kept, {ema}. Where
@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from input_pipeline.packed import Batch
-from navit_jax import losses, navit, optim, sharding
+from navit_jax import optim, sharding
+from navit_jax.objectives import Gradient
 
 State = dict[str, Any]
 
@@ -40,46 +41,29 @@ def new_state(
 
 
 def make_train_step(
-    graph: Any,
+    gradient: Gradient,
     tx: optax.GradientTransformation,
-    loss: Callable,
     mesh: Mesh,
     shardings: State,
     *,
-    accumulate: int = 1,
+    limit: Callable[[dict], dict] = lambda params: params,
     ema_decay: float = 0.0,
     seed: int = 0,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict]]:
     """`step(state, batch, host) -> (state, metrics)`, jitted, donating the state.
 
-    shardings: of the state, from `sharding.state_shardings`. host: [devices, n] float32, what the hosts want summed
-    (`sharding.put_host`). The loss is the mean over the real images of the whole batch; with `accumulate`, rows are
-    processed in that many parts whose sums are added before the one division, so it equals the undivided step; over
-    several devices each part's gradients are summed over them, so parts cost communication as well as save memory.
-    metrics: sums over the batch `loss`, `correct`, `images` and `tokens`, `host` [n], and `grad_norm`.
+    gradient: sums over the step's examples (`objectives`), divided here by the number of them. shardings: of the state,
+    from `sharding.state_shardings`. host: [devices, n] float32, what the hosts want summed (`sharding.put_host`).
+    limit: applied to the new parameters. metrics: the gradient's, `host` [n], and `grad_norm`.
     """
-
-    def sums(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
-        logits_BKC, _ = navit.merge(graph, params)(batch.images, key=key)
-        mask_BK = (batch.index >= 0) & (batch.labels.reshape(*batch.index.shape, -1).max(-1) >= 0)
-        total, count = losses.masked_sum(loss(logits_BKC, batch.labels, mask_BK), mask_BK)
-        correct, _ = losses.masked_sum(losses.correct_BK(logits_BKC, batch.labels), mask_BK)
-        tokens = jnp.sum(batch.images.segment_ids > 0)
-        return total, dict(loss=total, correct=correct, images=count, tokens=tokens)
-
-    gradient = jax.grad(sums, has_aux=True)
 
     def step(state: State, batch: Batch, host: jax.Array) -> tuple[State, dict]:
         params = state["params"]
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
         with sharding.under(mesh):
-            if accumulate == 1:
-                grads, metrics = gradient(params, batch, key)
-            else:
-                grads, metrics = _accumulate(gradient, params, batch, key, accumulate)
+            grads, metrics = gradient(params, batch, jax.random.fold_in(jax.random.key(seed), state["step"]))
         grads = jax.tree.map(lambda g: g / jnp.maximum(metrics["images"], 1), grads)
         updates, opt = tx.update(grads, state["opt"], params)
-        params = optax.apply_updates(params, updates)
+        params = limit(optax.apply_updates(params, updates))
         new = dict(params=params, opt=opt, step=state["step"] + 1)
         if ema_decay:
             new["ema"] = optim.ema_update(state["ema"], params, ema_decay)
@@ -89,31 +73,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, in_shardings=places, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
-def _accumulate(gradient: Callable, params: dict, batch: Batch, key: jax.Array, parts: int) -> tuple[dict, dict]:
-    """Sums of gradients and metrics over `parts` equal slices of the rows, one at a time in memory.
+def make_forward(call: Callable[[dict, Any], Any], mesh: Mesh, shardings: dict) -> Callable[[dict, Any], Any]:
+    """`call(params, rows)`, jitted, its results whole in every process. shardings: of the parameters."""
 
-    A part takes every `parts`-th row, so that each device finds its share of every part among its own rows.
-    """
-    slices = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def body(total: tuple, part: tuple) -> tuple[tuple, None]:
-        i, rows = part
-        return jax.tree.map(jnp.add, total, gradient(params, rows, jax.random.fold_in(key, i))), None
-
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], slices), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (jnp.arange(parts), slices))[0]
-
-
-def make_forward(graph: Any, mesh: Mesh, shardings: dict) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
-    """`forward(params, batch) -> (logits_BKC, pooled_BKD)`, jitted, without dropout; float32, whole in every process.
-
-    shardings: of the parameters.
-    """
-
-    def forward(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def forward(params: dict, rows: Any) -> Any:
         with sharding.under(mesh):
-            logits_BKC, extra = navit.merge(graph, params)(batch.images)
-        return logits_BKC, extra["pooled"]
+            return call(params, rows)
 
     return jax.jit(forward, in_shardings=(shardings, sharding.rows(mesh)), out_shardings=sharding.replicated(mesh))

@@ -21,7 +21,7 @@ class MemorySource:
         rng = np.random.default_rng((self.seed, i))
         top = np.iinfo(self.dtype).max
         image = rng.integers(0, top, (*self.shapes[i], self.channels), self.dtype, endpoint=True)
-        return Record(b"no image" if i in self.broken else image, i % len(self.class_names), "")
+        return Record(b"no image" if i in self.broken else image, i % len(self.class_names))
 
     def describe(self, i):
         return f"memory image {i}"

@@ -45,6 +45,55 @@ def test_fine_tuning_from_another_model_is_refused_by_name():
     assert "head" not in str(error.value)
 
 
+def two_towers(seed=0, image=None, **fields):
+    rng = np.random.default_rng(seed + 100)
+    image = {k: v for k, v in (image or make_params(seed)).items() if k != "head"}
+    text, projection = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 5), (5, 3)))
+    scale = jnp.asarray(rng.normal(), jnp.float32)
+    return (
+        dict(image=image, text=dict(table=text), image_projection=dict(kernel=projection), logit_scale=scale) | fields
+    )
+
+
+def test_one_tower_becomes_the_image_tower_of_two():
+    new, old = two_towers(0), jax.tree.map(np.asarray, make_params(1))
+    params, notes = init_from(new, old)
+    assert_same(params["image"], {k: v for k, v in old.items() if k != "head"})
+    rest = ("text", "image_projection", "logit_scale")
+    assert_same({k: params[k] for k in rest}, {k: new[k] for k in rest})
+    assert len(notes) == 1 and "image tower" in notes[0] and "all else starts anew" in notes[0]
+    del old["head"]
+    assert_same(init_from(new, old)[0], params)
+
+
+def test_two_towers_give_their_image_tower_to_one():
+    new, old = make_params(0), jax.tree.map(np.asarray, two_towers(1))
+    params, notes = init_from(new, old)
+    assert_same({k: v for k, v in params.items() if k != "head"}, old["image"])
+    assert_same(params["head"], new["head"])
+    assert len(notes) == 2 and "the rest left out" in notes[0] and "none in the checkpoint" in notes[1]
+
+
+def test_two_towers_start_from_two_whole():
+    new, old = two_towers(0), jax.tree.map(np.asarray, two_towers(1))
+    params, notes = init_from(new, old)
+    assert_same(params, old)
+    assert notes == []
+    with pytest.raises(UserError, match=r"logit_bias: \[\] here, missing in the checkpoint(.|\n)*config.contrastive"):
+        init_from(two_towers(0, logit_bias=jnp.zeros(())), old)
+    with pytest.raises(UserError, match=r"text/table: \[4, 5\] in the checkpoint, \[9, 5\] here"):
+        init_from(new, old | dict(text=dict(table=np.zeros((4, 5), np.float32))))
+
+
+def test_an_image_tower_of_other_sizes_is_refused_by_name_both_ways():
+    other = make_params(1)
+    other["embed"]["kernel"] = jnp.zeros((12, 5))
+    with pytest.raises(UserError, match=r"image/embed/kernel: \[12, 5\] in the checkpoint, \[6, 5\] here"):
+        init_from(two_towers(0), other)
+    with pytest.raises(UserError, match=r"  embed/kernel: \[12, 5\] in the checkpoint, \[6, 5\] here"):
+        init_from(make_params(0), two_towers(1, image=other))
+
+
 def metas():
     """A config as a run stores it, and as it comes back from the disk."""
     config = base.get_config()

@@ -1,5 +1,6 @@
 """Pooling against the textbook form, image by image."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -45,3 +46,21 @@ def test_mean_pool_is_the_mean():
     np.testing.assert_allclose(got[0, 0], x[0, :9].mean(0), atol=1e-6)
     np.testing.assert_allclose(got[0, 2], x[0, 9:16].mean(0), atol=1e-6)
     assert not got[0, 1::2].any()
+
+
+def test_last_pool_is_the_last_token():
+    """Rows that are full, padded, with a slot left out, and empty; in bfloat16 no bit of the token is lost."""
+    ids = np.zeros((4, L), np.int32)
+    ids[0], ids[1, :16] = np.repeat([1, 2, 3, 4], 6), np.repeat([1, 2], [1, 15])
+    ids[2, :7] = np.repeat([2, 4], [4, 3])
+    ends = {(0, 0): 5, (0, 1): 11, (0, 2): 17, (0, 3): 23, (1, 0): 0, (1, 1): 15, (2, 1): 3, (2, 3): 6}
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, L, 5)), jnp.bfloat16)
+    expected, slope = np.zeros((4, K, 5), np.float32), np.zeros((4, L, 5), np.float32)
+    weights = np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32)
+    for (b, k), end in ends.items():
+        expected[b, k], slope[b, end] = np.asarray(x[b, end], np.float32), weights[b, k]
+    got = pooling.last_pool(x, jnp.asarray(ids), K)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)
+    gradient = jax.grad(lambda x: (pooling.last_pool(x, jnp.asarray(ids), K) * weights).sum())
+    np.testing.assert_array_equal(gradient(x.astype(jnp.float32)), slope)

@@ -19,15 +19,14 @@ from benchmarks.faults import LOST, steps_saved, trainers
 from configs import quickstart
 
 
-def command(workdir, processes, per_process=1, **fields):
-    """`launch/local.py` with the run of `test_topology`, over several processes."""
-    wanted = config()
-    overrides = dict(changed(quickstart.get_config(), wanted)) | fields
+def command(workdir, processes, per_process=1, recipe=quickstart, wanted=None, **fields):
+    """`launch/local.py` with a recipe changed into what is wanted, `test_topology`'s run, over several processes."""
+    overrides = dict(changed(recipe.get_config(), wanted or config())) | fields
     flags = [
         f"--config.{name}={','.join(map(str, v)) + ',' if isinstance(v, tuple) else v}" for name, v in overrides.items()
     ]
     launch = ["launch/local.py", "--processes", str(processes), "--devices", str(per_process), "--"]
-    trainer = [sys.executable, "train.py", "--config", "configs/quickstart.py", "--workdir", str(workdir), *flags]
+    trainer = [sys.executable, "train.py", "--config", recipe.__file__, "--workdir", str(workdir), *flags]
     return [sys.executable, *launch, *trainer] if processes > 1 else trainer
 
 

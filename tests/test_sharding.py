@@ -1,6 +1,7 @@
 """Where arrays lie: the mesh, the rules over parameter paths, and what each process hands over. Eight virtual devices
 and several processes are in `test_topology`."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from input_pipeline.errors import UserError
-from navit_jax import navit, optim, sharding, start, train_step
+from navit_jax import contrastive, navit, optim, sharding, start, train_step
 
 
 def mesh_of(data, fsdp, tensor):
@@ -23,7 +24,19 @@ def state_of(name="adamw", variant="B/16", **fields):
     config = base.get_config()
     config.optim.update(name=name, weight_decay=())
     config.model.update(variant=variant, **fields)
-    graph, shapes = navit.abstract(navit.from_config(config.model, channels=3, num_classes=10))
+    _, shapes = navit.abstract(navit.from_config(config.model, channels=3, num_classes=10))
+    return with_optimizer(config, shapes)
+
+
+def state_of_two_towers(name="adamw", vocab_size=257, **fields):
+    config = base.get_config()
+    config.optim.update(name=name, weight_decay=())
+    config.contrastive.loss = "sigmoid"
+    config.text.update(fields)
+    return with_optimizer(config, contrastive.abstract(contrastive.from_config(config, vocab_size=vocab_size))[1])
+
+
+def with_optimizer(config, shapes):
     tx, _ = optim.make_optimizer(config.optim, shapes, 10)
     return jax.eval_shape(lambda p: train_step.init_state(p, tx, True), shapes)
 
@@ -79,6 +92,30 @@ def test_large_parameters_lie_on_fsdp_and_tensor_and_the_small_rest_on_all():
         sizes = {optim.name_of(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state_of()[part])}
         whole = sum(size for name, size in sizes.items() if not any(found[f"{part}/{name}"]))
         assert whole < 0.003 * sum(sizes.values())  # norms and the positions' two tables
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_two_towers_lie_as_one_does_each(name):
+    """The image tower's parameters and moments as a NaViT's; the text tower's alike; little lies whole everywhere."""
+    mesh, state = mesh_of(2, 4, 2), state_of_two_towers(name, pool="map")
+    alone, found = specs(mesh, state_of(name)), specs(mesh, state)
+    shared = [path.removeprefix("params/") for path in alone if path.startswith("params/") and "head/" not in path]
+    assert len(shared) > 20
+    for path in shared:
+        assert found[f"params/image/{path}"] == alone[f"params/{path}"], path
+        if path.startswith(("blocks/", "pool/", "norm/")):
+            assert found[f"params/text/{path}"] == alone[f"params/{path}"], path
+    assert found["params/text/table"] == P(None, "fsdp")
+    assert found["params/image_projection/kernel"] == found["params/text_projection/kernel"] == P("fsdp", None)
+    assert found["params/logit_scale"] == found["params/logit_bias"] == P()
+    sizes = {optim.name_of(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])}
+    whole = sum(size for path, size in sizes.items() if not any(found[f"params/{path}"]))
+    assert whole < 0.003 * sum(sizes.values())
+    moments = [path for path in found if path.startswith("opt/") and path.endswith("image/blocks/mlp/up/kernel")]
+    assert moments and any(found[path] == found["params/image/blocks/mlp/up/kernel"] for path in moments)
+    places = sharding.state_shardings(mesh, state)
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        place.shard_shape(leaf.shape)  # raises where it does not divide
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
@@ -161,7 +198,8 @@ def test_a_new_state_lies_where_it_should_and_is_the_one_that_init_gives():
     _, shapes = navit.abstract(model)
     tx, _ = optim.make_optimizer(config.optim, shapes, 10)
     like = start.shapes(shapes, tx, True, sharding.make_mesh())
-    state = start.fresh(config, model, tx, jax.tree.map(lambda leaf: leaf.sharding, like), whole=False).state
+    init = partial(navit.init_params, model)
+    state = start.fresh(config, init, tx, jax.tree.map(lambda leaf: leaf.sharding, like), whole=False).state
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.sharding == wanted.sharding
     for a, b, c in zip(*map(jax.tree.leaves, (navit.init_params(model, config.seed), state["params"], state["ema"]))):

@@ -183,7 +183,8 @@ def test_what_every_source_promises(kind, tmp_path):
     for i, record in enumerate(records):
         assert isinstance(record, Record) and type(record.label) is int
         assert 0 <= record.label < len(source.class_names)
-        assert isinstance(record.text, str) and isinstance(source.describe(i), str)
+        assert isinstance(source.describe(i), str) and source.text(i) == copy.text(i) == source.text(i).strip()
+        assert bool(source.text(i)) == (kind != "folder")
         size = header_size(record.data)
         assert size == decode(record.data).shape[:2]
         assert source.known_sizes() is None or tuple(source.known_sizes()[i]) == size
@@ -200,11 +201,12 @@ def content(source) -> set:
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_are_what_was_written(kind, tmp_path):
     source = open_source(make(kind, tmp_path), "train")
-    for record in (source[i] for i in range(len(source))):
+    for k in range(len(source)):
+        record = source[k]
         i = int(decode(record.data)[0, 0, 0])
         assert record.data == picture(i)
         assert source.class_names[record.label] in (str(i % 3), "abc"[i % 3])
-        assert record.text == ("" if kind == "folder" else f"text {i}")
+        assert source.text(k) == ("" if kind == "folder" else f"text {i}")
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "array_record", "hf"])
@@ -293,10 +295,11 @@ def test_shapes_have_the_aspect_that_their_class_says():
         assert abs(filled - (np.pi / 4 if shape == "ellipse" else 1)) < 0.04
         share = max(height / bright.shape[0], width / bright.shape[1])
         assert 0.5 < share < 0.97
+        assert ("large" in source.text(i)) == (share >= 0.75) or abs(share - 0.75) < 0.01
         assert record.data[~bright].max() < 48
-        assert f"{kind} {shape}" in record.text
+        assert f"{kind} {shape}" in source.text(i)
         middle = (columns[0] + columns[-1]) / 2 / bright.shape[1]
-        assert ("left" in record.text) <= (middle < 0.44) and ("right" in record.text) <= (middle > 0.56)
+        assert ("left" in source.text(i)) <= (middle < 0.44) and ("right" in source.text(i)) <= (middle > 0.56)
 
 
 def test_no_shape_is_in_both_splits():
@@ -456,7 +459,7 @@ def test_remote_shards(memory, tmp_path):
     for k in range(2):
         memory.pipe(f"/shards/s{k}.tar", (tmp_path / f"s{k}.tar").read_bytes())
     source = open_source("tar=memory://shards/s*.tar", "train", hold_out=False)
-    assert content(source) == {picture(i) for i in range(20)} and source[0].text == "text 0"
+    assert content(source) == {picture(i) for i in range(20)} and source.text(0) == "text 0"
 
 
 def test_a_scheme_without_its_driver(monkeypatch):
@@ -486,10 +489,11 @@ def test_labels_and_texts_of_tar_samples(tmp_path):
     write_tar(tmp_path / "s.tar", samples)
     source = open_source(f"tar={tmp_path}/*.tar", "train", label_field="kind", hold_out=False)
     assert [source[i] for i in range(len(source))] == [
-        Record(picture(0), 2, "a cat"),
-        Record(picture(1), 1, "two words"),
-        Record(picture(2), -1, ""),
+        Record(picture(0), 2),
+        Record(picture(1), 1),
+        Record(picture(2), -1),
     ]
+    assert [source.text(i) for i in range(3)] == ["a cat", "two words", ""]
     assert source.class_names == ("0", "1", "2")
     assert source.describe(2).endswith(f"s.tar:{long}")
 
@@ -625,7 +629,7 @@ def test_slices_of_tfds(kind, tmp_path):
         "train[1:3]+validation": [1, 2, *range(20, 25)],
     }.items():
         source = open_source(spec, split)
-        assert [source[i].text for i in range(len(source))] == [f"text {i}" for i in ids], split
+        assert [source.text(i) for i in range(len(source))] == [f"text {i}" for i in ids], split
         assert source.class_names == ("a", "b", "c")
     assert "tensorflow" not in sys.modules
 
@@ -671,7 +675,7 @@ def test_mistakes_with_tfds(tmp_path, monkeypatch):
 def test_hugging_face_folders_and_labels(tmp_path):
     hugging_face(range(6), "set").save_to_disk(tmp_path / "sets")
     sets = open_source(f"hf={tmp_path}/sets", "train", multi_label=True, hold_out=False)
-    assert sets[4] == Record(picture(4), (1,), "text 4") and sets.class_names == ("a", "b", "c")
+    assert sets[4] == Record(picture(4), (1,)) and sets.text(4) == "text 4" and sets.class_names == ("a", "b", "c")
     hugging_face(range(6), "number").save_to_disk(tmp_path / "numbers")
     numbers = open_source(f"hf={tmp_path}/numbers", "train", hold_out=False)
     assert numbers[4].label == 1 and numbers.class_names == ("0", "1", "2")
@@ -716,6 +720,109 @@ def test_mistakes_with_hugging_face(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         open_source(spec, "train")
+
+
+# --- texts
+
+
+def tagged(i: int) -> dict:
+    """Another text beside the caption, absent from the first record and in one of Latin-1."""
+    return {"alt": {0: None, 5: "café".encode("latin-1")}.get(i, f" other {i}\n".encode())}
+
+
+def write_texts(kind, root) -> str:
+    """12 images, each with the texts `text i` and `other i` (field alt)."""
+    ids = range(12)
+    if kind == "array_record":
+        write_array_record(root / "s", [example(i, **tagged(i)) for i in ids])
+        return f"array_record={root}/s"
+    if kind == "tar":
+        jsons = [json.dumps({"caption": f"text {i}", "alt": f" other {i}\n"}).encode() for i in ids]
+        jsons[0], jsons[5] = b'{"caption": "text 0"}', '{"caption": "text 5", "alt": "café"}'.encode("latin-1")
+        write_tar(root / "s.tar", [part for i in ids for part in ((f"{i}.png", picture(i)), (f"{i}.json", jsons[i]))])
+        return f"tar={root}/s.tar"
+    data = hugging_face(ids).add_column("alt", [None if i == 0 else f" other {i}\n" for i in ids])
+    data.save_to_disk(root)
+    return f"hf={root}"
+
+
+@pytest.mark.parametrize("kind", ["tar", "array_record", "hf"])
+def test_a_named_text_field_and_its_mistakes(kind, tmp_path):
+    spec = write_texts(kind, tmp_path)
+    plain = open_source(spec, "train", label_field="", hold_out=False)
+    named = open_source(spec, "train", label_field="", text_field="alt", hold_out=False)
+    assert [plain.text(i) for i in range(5)] == [f"text {i}" for i in range(5)]
+    assert [named.text(i) for i in range(5)] == ["", *(f"other {i}" for i in range(1, 5))]
+    assert plain.fingerprint() != named.fingerprint()
+    assert [plain[i] for i in range(12)] == [named[i] for i in range(12)]
+    if kind != "hf":  # Arrow checks its strings
+        with pytest.raises(DecodeError, match="the text is not UTF-8"):
+            named.text(5)
+    with pytest.raises(UserError, match="no .* field 'titel'.*set data.text_field|no field 'titel', only alt, caption"):
+        open_source(spec, "train", text_field="titel", label_field="", hold_out=False)
+
+
+def test_a_named_text_field_of_tfds(tmp_path):
+    write_tfds(tmp_path)
+    source = open_source(f"tfds={tmp_path}/tiny/1.0.0", "train", text_field="text")
+    assert source.text(3) == "text 3"
+    with pytest.raises(UserError, match="no field 'caption', only boxes, image, label, text: set data.text_field"):
+        open_source(f"tfds={tmp_path}/tiny/1.0.0", "train", text_field="caption")
+    with pytest.raises(UserError, match="the text is a dict of box: expected a string"):
+        open_source(f"tfds={tmp_path}/tiny/1.0.0", "train", text_field="boxes").text(0)
+
+
+def test_a_txt_file_is_preferred_to_the_json_unless_a_field_is_named(tmp_path):
+    described = json.dumps({"text": ["one", "two"], "n": 7}).encode()
+    both = [("a.png", picture(0)), ("a.txt", b"\xef\xbb\xbf from txt\r\n"), ("a.json", described)]
+    write_tar(tmp_path / "s.tar", [*both, ("b.png", picture(1)), ("b.txt", b"caf\xe9")])
+    spec = f"tar={tmp_path}/s.tar"
+    plain = open_source(spec, "train", hold_out=False)
+    assert plain.text(0) == "from txt"
+    with pytest.raises(DecodeError, match="s.tar:b: the text is not UTF-8"):
+        plain.text(1)
+    assert plain[1].data == picture(1)
+    named = open_source(spec, "train", text_field="text", hold_out=False)
+    assert [named.text(0), named.text(1)] == ["one", ""]
+    assert open_source(spec, "train", text_field="n", hold_out=False).text(0) == "7"
+
+
+def test_the_first_of_several_captions_is_the_text(tmp_path):
+    import datasets
+
+    rows = [
+        {"image": {"bytes": picture(i), "path": None}, "several": [f"a {i}", f"b {i}"], "nested": {"text": ["c"]}}
+        for i in range(3)
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "several": datasets.Sequence(datasets.Value("string")),
+            "nested": {"text": datasets.Sequence(datasets.Value("string"))},
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path)
+
+    def open_named(name):
+        return open_source(f"hf={tmp_path}", "train", label_field="", text_field=name, hold_out=False)
+
+    assert open_named("several").text(2) == "a 2" and open_named("nested").text(0) == "c"
+    assert open_named("").text(0) == ""
+
+
+def test_texts_need_no_image(tmp_path, monkeypatch):
+    shapes = open_source("shapes", "train")
+    wanted = shapes.text(7)
+    monkeypatch.setattr(type(shapes), "_ground", lambda *a: pytest.fail("drawn"))
+    assert shapes.text(7) == wanted
+    source = open_source(write_texts("hf", tmp_path / "hf"), "train", hold_out=False)
+    monkeypatch.setattr(type(source), "_read", lambda *a: pytest.fail("read"))
+    assert source.text(7) == "text 7"
+    (tmp_path / "tar").mkdir()
+    source = open_source(write_texts("tar", tmp_path / "tar"), "train", hold_out=False)
+    lengths, read = [], tar.paths.read
+    monkeypatch.setattr(tar.paths, "read", lambda path, start, size: lengths.append(size) or read(path, start, size))
+    assert source.text(7) == "text 7" and lengths == [len('{"caption": "text 7", "alt": " other 7\\n"}')]
 
 
 # --- the setting itself

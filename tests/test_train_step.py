@@ -8,7 +8,7 @@ from helpers import random_packed
 
 from configs import base
 from input_pipeline.packed import Batch
-from navit_jax import losses, navit, optim, sharding, start, train_step
+from navit_jax import losses, navit, objectives, optim, sharding, start, train_step
 
 B, L, K, CLASSES = 4, 24, 4, 5
 
@@ -21,7 +21,7 @@ def make_batch(seed):
     return Batch(images, labels, np.where(used, np.arange(B * K).reshape(B, K), -1).astype(np.int32))
 
 
-def make(mesh=None, **options):
+def make(mesh=None, accumulate=1, **options):
     config = base.get_config()
     config.model.update(variant="Ti/8", width=16, depth=2, heads=2, mlp_dim=32)
     config.optim.update(lr=1e-2, schedule="constant", weight_decay=())
@@ -38,7 +38,8 @@ def make(mesh=None, **options):
         return params
 
     state = train_step.new_state(params, tx, ema, places)
-    step = train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, places, **options)
+    gradient = objectives.supervised_gradient(graph, losses.make_loss(config.loss), accumulate)
+    step = train_step.make_train_step(gradient, tx, mesh, places, **options)
     return graph, state, lambda state, batch: step(state, batch, sharding.put_host(mesh, [1.0, 0.5]))
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: `open_source` turns one string of the config into random access to (bytes, label, text).
+"""Where images come from: `open_source` turns one string of the config into random access to (bytes, label) and text.
 
 Kinds are a plain dict: a new one is a function here and a file beside this one. Sources decode nothing and know nothing
 of training, and their libraries are imported when a kind is opened, so no user needs all of them.
@@ -8,7 +8,7 @@ import difflib
 import os
 
 from input_pipeline.errors import UserError
-from input_pipeline.sources import datasets, embedded, files, records, shapes, tar
+from input_pipeline.sources import captions, datasets, embedded, records, shapes, tar
 from input_pipeline.sources.base import Record, Source, refuse_multi_label
 
 __all__ = ["Record", "Source", "open_source"]
@@ -30,6 +30,7 @@ def open_source(
     *,
     image_field: str = "image",
     label_field: str = "label",
+    text_field: str = "",
     multi_label: bool = False,
     hold_out: bool = True,
 ) -> Source:
@@ -37,19 +38,21 @@ def open_source(
 
     spec: digits | shapes | photos | folder=PATH | tfds=NAME | array_record=GLOB | tar=GLOB | hf=PATH.
     split: train or validation; TFDS and Hugging Face data take their own names, TFDS also slices.
-    image_field, label_field: in TFDS, ArrayRecord, Hugging Face and the JSON of tar shards; label_field "": no labels.
+    image_field, label_field, text_field: in TFDS, ArrayRecord, Hugging Face and the JSON of tar shards; the latter two
+    in captions files as well. label_field "": no labels; text_field "": text or caption, if there is one.
     hold_out: whether data without splits is split by a hash, a tenth for validation; False: every split is all of it,
     for a run whose evaluation data is named separately. Raises UserError.
     """
     kind, _, where = spec.partition("=")
+    fields = records.Fields(image_field, label_field, multi_label, text_field)
     if kind in EMBEDDED and not where:
         refuse_multi_label(multi_label, kind)
         return EMBEDDED[kind](split)
     if kind == "folder" and where:
         refuse_multi_label(multi_label, kind)
-        return files.FolderSource(where, split, hold_out)
+        return captions.open_folder(where, split, fields, hold_out)
     if kind in STORED and where:
-        return STORED[kind](where, split, records.Fields(image_field, label_field, multi_label), hold_out)
+        return STORED[kind](where, split, fields, hold_out)
     raise UserError(f"data.source={spec!r}: {_hint(spec, kind)}expected one of {CHOICES}")
 
 

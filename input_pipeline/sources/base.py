@@ -19,12 +19,11 @@ class Record(NamedTuple):
     """One image as stored.
 
     data: an encoded image, or an array [H, W, C] of uint8 or uint16. label: a class, -1 without one, or the classes of
-    a multi-label image, which may be none. text: its caption.
+    a multi-label image, which may be none. Its caption is apart, `Source.text`: it is read once and not every epoch.
     """
 
     data: bytes | np.ndarray
     label: int | tuple[int, ...]
-    text: str = ""
 
 
 class Source(Protocol):
@@ -39,6 +38,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Record: ...
+
+    def text(self, i: int) -> str:
+        """The image's caption, "" without one; neither reads nor draws the image where that can be avoided.
+
+        Raises OSError or DecodeError where it cannot be had.
+        """
 
     def describe(self, i: int) -> str:
         """The image's file name or key, for messages."""
@@ -124,11 +129,24 @@ def to_label(value: object, multi_label: bool, classes: int, where: str) -> int 
     return found[0]
 
 
-def to_text(value: object) -> str:
-    """A caption from bytes, a string, or a sequence of them (the first)."""
+def to_text(value: object, where: str) -> str:
+    """A caption from UTF-8 bytes, a string, a sequence of them (the first), or a dict with a text or caption of these.
+
+    Raises DecodeError for other bytes, UserError for a dict with neither.
+    """
     if isinstance(value, list | tuple | np.ndarray):
-        value = value[0] if len(value) else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "")
+        return to_text(value[0], where) if len(value) else ""
+    if isinstance(value, dict):
+        name = next((name for name in TEXT_FIELDS if name in value), None)
+        if name is None:
+            raise UserError(f"{where}: the text is a dict of {', '.join(map(str, value))}: expected a string")
+        return to_text(value[name], where)
+    if not isinstance(value, bytes):
+        return "" if value is None else str(value).strip()
+    try:
+        return value.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DecodeError(f"{where}: the text is not UTF-8: {error}") from error
 
 
 def refuse_multi_label(multi_label: bool, kind: str) -> None:

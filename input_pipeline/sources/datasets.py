@@ -15,7 +15,7 @@ import numpy as np
 
 from input_pipeline.errors import UserError
 from input_pipeline.sources import paths
-from input_pipeline.sources.base import TEXT_FIELDS, choose_split, digest, require, select, unsplit_part
+from input_pipeline.sources.base import choose_split, digest, require, select, unsplit_part
 from input_pipeline.sources.records import Fields, RecordSource, count_classes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TfdsSource(RecordSource):
         stored = len(self._data)
         self._rows = _parquet_rows(instructions, stored, self._where) if kind == "parquet" else np.arange(stored)
         shards = [(s.name, s.shard_lengths, s.num_bytes) for s in info.splits.values()]
-        self._fingerprint = digest("tfds", info.full_name, kind, split, shards, *fields)
+        self._fingerprint = digest("tfds", info.full_name, kind, split, shards, *fields.key)
         self.class_names = _class_names(dict(info.features).get(fields.label)) or self._counted()
 
     def _counted(self) -> tuple[str, ...]:
@@ -129,14 +129,15 @@ class HuggingFaceSource(RecordSource):
         else:
             name, part, data = "", unsplit_part(split, hold_out, self._where), stored
         self._check_fields(data.column_names)
-        data = data.select_columns([c for c in (*fields[:2], *TEXT_FIELDS) if c in data.column_names])
+        self._texts = data.select_columns([c for c in fields.texts if c in data.column_names])
+        data = data.select_columns([c for c in fields[:2] if c in data.column_names])
         for column, feature in data.features.items():
             if isinstance(feature, library.Image):
                 data = data.cast_column(column, library.Image(decode=False))
         self._data, self._rows = data, select(map(str, range(len(data))), part, self._where)
         image = data.features[fields.image]
         self._dtype = image.dtype if isinstance(image, library.Array2D | library.Array3D) else None
-        self._fingerprint = digest("hf", name, part, paths.fingerprint(paths.list_tree(path)), *fields)
+        self._fingerprint = digest("hf", name, part, paths.fingerprint(paths.list_tree(path)), *fields.key)
         self.class_names = _class_names(data.features.get(fields.label)) or self._counted()
 
     def _counted(self) -> tuple[str, ...]:
@@ -146,6 +147,9 @@ class HuggingFaceSource(RecordSource):
 
     def _labels(self) -> Iterable[Any]:
         return (row[self._fields.label] for row in self._data.select_columns(self._fields.label))
+
+    def _read_text(self, row: int) -> dict[str, Any]:
+        return self._texts[row] if self._texts.column_names else {}
 
     def _read(self, row: int) -> dict[str, Any]:
         found = self._data[row]

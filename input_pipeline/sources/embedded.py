@@ -82,6 +82,9 @@ class DigitsSource:
         pixels = np.rint(grey.clip(0, 255)).astype(np.uint8)
         return Record(np.repeat(pixels[:, :, None], 3, axis=2), int(labels[row]))
 
+    def text(self, i: int) -> str:
+        return f"a handwritten digit {_digits()[1][self._rows[i]]}"
+
     def describe(self, i: int) -> str:
         return f"digits[{self._rows[i]}]"
 
@@ -125,6 +128,9 @@ class PhotosSource:
         (top, left), (height, width) = self._corners[i], self._sizes[i]
         label = int(i) % 2
         return Record(_photos()[label][top : top + height, left : left + width].copy(), label)
+
+    def text(self, i: int) -> str:
+        return ("a photo of a palace in China", "a photo of a flower")[int(i) % 2]
 
     def describe(self, i: int) -> str:
         return f"photos {self.split}[{i}] ({self.class_names[int(i) % 2]})"

@@ -61,6 +61,10 @@ class FolderSource:
         """The first bytes of an image."""
         return paths.read(self.describe(i), 0, num_bytes)
 
+    def text(self, i: int) -> str:
+        """None: captions come with a captions file, see `input_pipeline.sources.captions`."""
+        return ""
+
     def describe(self, i: int) -> str:
         return f"{self.root}/{os.fsdecode(self._names[i])}"
 

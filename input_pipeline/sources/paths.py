@@ -113,6 +113,17 @@ def _scan(root: str, folder: str, follow: bool) -> tuple[list[File], list[str]]:
     return files, folders
 
 
+def names_in(folder: str) -> set[str]:
+    """Names of what lies directly in a folder; none where there is no such folder."""
+    try:
+        if is_remote(folder):
+            fs, inside = filesystem(folder)
+            return {name.rstrip("/").rpartition("/")[2] for name in fs.ls(inside, detail=False)}
+        return set(os.listdir(os.path.expanduser(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
 def match(pattern: str, kind: str) -> list[File]:
     """The files that a pattern matches, by whole path, sorted. Raises UserError where there are none."""
     if is_remote(pattern):

@@ -15,13 +15,29 @@ from input_pipeline.size_index import cache_dir, write_cached
 from input_pipeline.sources import paths
 from input_pipeline.sources.base import TEXT_FIELDS, Record, digest, require, select, to_label, to_text, unsplit_part
 
+FIRST = 16  # records that are looked at for the fields they have: protos leave out what is empty
+
 
 class Fields(NamedTuple):
-    """Where records keep the image and its label ("": nowhere), and whether the label is a set of classes."""
+    """Where records keep the image, its label ("": nowhere) and its text ("": in `text` or `caption`, if anywhere).
+
+    multi_label: whether the label is a set of classes.
+    """
 
     image: str
     label: str
     multi_label: bool
+    text: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Where a text is looked for, the first that is there."""
+        return (self.text,) if self.text else TEXT_FIELDS
+
+    @property
+    def key(self) -> tuple[str | bool, ...]:
+        """For fingerprints; one made before texts had a field still holds."""
+        return self if self.text else self[:3]
 
 
 class RecordSource:
@@ -47,9 +63,17 @@ class RecordSource:
         if image is None:
             raise DecodeError(f"no image in field {self._fields.image!r}")
         label = found.get(self._fields.label) if self._fields.label else None
-        text = next((found[name] for name in TEXT_FIELDS if found.get(name) is not None), "")
         label = to_label(label, self._fields.multi_label, len(self.class_names), where)
-        return Record(_to_data(image), label, to_text(text))
+        return Record(_to_data(image), label)
+
+    def text(self, i: int) -> str:
+        found = self._read_text(int(self._rows[i]))
+        text = next((found[name] for name in self._fields.texts if found.get(name) is not None), "")
+        return to_text(text, self.describe(i))
+
+    def _read_text(self, row: int) -> dict[str, Any]:
+        """At least the fields that may hold the text."""
+        return self._read(row)
 
     def describe(self, i: int) -> str:
         return f"{self._where}[{self._rows[i]}]"
@@ -61,11 +85,13 @@ class RecordSource:
         return self._fingerprint
 
     def _check_fields(self, available: Iterable[str]) -> None:
-        for option, name in (("image_field", self._fields.image), ("label_field", self._fields.label)):
+        image, label, _, text = self._fields
+        without = {"image_field": "", "label_field": ' ("": no labels)', "text_field": ' ("": text or caption, if any)'}
+        for option, name in (("image_field", image), ("label_field", label), ("text_field", text)):
             if name not in available and (name or option == "image_field"):
-                none = ' ("": no labels)' if option == "label_field" else ""
                 raise UserError(
-                    f"{self._where} has no field {name!r}, only {', '.join(sorted(available))}: set data.{option}{none}"
+                    f"{self._where} has no field {name!r}, only {', '.join(sorted(available))}: "
+                    f"set data.{option}{without[option]}"
                 )
 
 
@@ -112,12 +138,12 @@ class ArrayRecordSource(RecordSource):
             raise UserError(f"{self._where}: not readable as ArrayRecord: {error}") from error
         records, key = len(self._data), paths.fingerprint(files)
         self._rows = select(map(str, range(records)), unsplit_part(split, hold_out, self._where), self._where)
-        self._check_fields(self._read(0))
+        self._check_fields({name for row in range(min(records, FIRST)) for name in self._read(row)})
         names = paths.class_list(files[0].name.rpartition("/")[0] or ".") if fields.label else ()
         if names is None:
             names = count_classes(self._labels, records, digest(key, fields.label))
         self.class_names = names
-        self._fingerprint = digest("array_record", key, *fields, *names, self._rows.sum())
+        self._fingerprint = digest("array_record", key, *fields.key, *names, self._rows.sum())
 
     def _labels(self) -> Iterable[Any]:
         return (self._read(row).get(self._fields.label) for row in range(len(self._data)))

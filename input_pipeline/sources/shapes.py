@@ -53,23 +53,26 @@ class ShapesSource:
 
     def __getitem__(self, i: int) -> Record:
         label = int(self._labels[i])
-        aspect, shape = CLASS_NAMES[label].split()
         top, left, shape_h, shape_w = self._box(i)
         pixels = self._ground(i)
         y0, y1, x0, x1 = round(top), round(top + shape_h), round(left), round(left + shape_w)
         inside = pixels[y0:y1, x0:x1]
-        name, rgb = list(COLOURS.items())[self._colours[i]]
+        rgb = list(COLOURS.values())[self._colours[i]]
         bright = (np.array(rgb) * self._brightness[i]).astype(np.uint8) - inside % NOISE
-        if shape == "ellipse":
+        if CLASS_NAMES[label].endswith("ellipse"):
             y = (np.arange(y0, y1) + 0.5 - top - shape_h / 2) / (shape_h / 2)
             x = (np.arange(x0, x1) + 0.5 - left - shape_w / 2) / (shape_w / 2)
             inside[...] = np.where((y[:, None] ** 2 + x**2 <= 1)[:, :, None], bright, inside)
         else:
             inside[...] = bright
+        return Record(pixels, label)
+
+    def text(self, i: int) -> str:
+        _, left, _, shape_w = self._box(i)
         size = "large" if self._fill[i] >= 0.75 else "small"
-        middle = (left + shape_w / 2) / pixels.shape[1]
+        middle = (left + shape_w / 2) / self._sizes[i, 1]
         place = "on the left" if middle < 0.42 else "on the right" if middle > 0.58 else "in the middle"
-        return Record(pixels, label, f"a {size} {name} {aspect} {shape} {place}")
+        return f"a {size} {list(COLOURS)[self._colours[i]]} {CLASS_NAMES[self._labels[i]]} {place}"
 
     def _box(self, i: int) -> tuple[float, float, float, float]:
         """Top, left, height and width of the shape in pixels: a share `fill` of the largest that fits."""

@@ -16,19 +16,20 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.size_index import cache_dir, write_cached
 from input_pipeline.sources import paths
-from input_pipeline.sources.base import TEXT_FIELDS, Record, digest, select, to_label, to_text, unsplit_part
+from input_pipeline.sources.base import Record, digest, select, to_label, to_text, unsplit_part
 from input_pipeline.sources.files import IMAGE_ENDINGS
 from input_pipeline.sources.records import Fields
 
 VERSION = 1  # raise when the index changes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
+TXT, JSON = 1, 2
 ENDINGS = tuple(ending[1:] for ending in IMAGE_ENDINGS)
 
 
 class Index(NamedTuple):
     """One row a sample, shards in order. labels[label_starts[i] : label_starts[i + 1]] are its classes, (-1,) unknown.
 
-    image, text: [N, 2] int64 offset and length; text_kind: 0 none, 1 a .txt file, 2 JSON.
+    image, text: [N, 2] int64 offset and length; text_kind: 0 none, `TXT` a .txt file, `JSON`.
     """
 
     keys: np.ndarray
@@ -45,7 +46,7 @@ class TarSource:
 
     The label is the number in `.cls`, or `label_field` of `.json`; a number, a list of them, or names listed in a
     `classes.txt` beside the first shard, which also names the classes. Without one they are '0', '1', ... up to the
-    largest label found. The text is `.txt`, or "text" or "caption" of the JSON.
+    largest label found. The text is `.txt`, or "text" or "caption" of the JSON; with a `text_field`, that of the JSON.
     """
 
     def __init__(self, pattern: str, split: str, fields: Fields, hold_out: bool = True):
@@ -53,7 +54,9 @@ class TarSource:
         shards = paths.match(pattern, "tar")
         self._shards = [shard.name for shard in shards]
         names = paths.class_list(self._shards[0].rpartition("/")[0] or ".")
-        self._index = _cached_index(shards, fields.label, names)
+        self._index = _cached_index(shards, fields, names)
+        if fields.text and not (self._index.text_kind == JSON).any():
+            raise UserError(f"{self._where}: no sample has a field {fields.text!r} in its .json: set data.text_field")
         largest = int(self._index.labels.max(initial=-1))
         if names and largest >= len(names):
             raise UserError(f"{self._where}: label {largest}, but classes.txt names {len(names)} classes, from 0")
@@ -61,7 +64,7 @@ class TarSource:
         short = [name.rpartition("/")[2] for name in self._shards]
         keys = (f"{short[s]}/{k.decode()}" for s, k in zip(self._index.shard, self._index.keys, strict=True))
         self._rows = select(keys, unsplit_part(split, hold_out, self._where), self._where)
-        self._fingerprint = digest("tar", paths.fingerprint(shards), *fields, *self.class_names, self._rows.sum())
+        self._fingerprint = digest("tar", paths.fingerprint(shards), *fields.key, *self.class_names, self._rows.sum())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,7 +74,7 @@ class TarSource:
         offset, length = map(int, index.image[row])
         labels = index.labels[index.label_starts[row] : index.label_starts[row + 1]]
         label = to_label(labels, self._fields.multi_label, len(self.class_names), self.describe(i))
-        return Record(self._read(row, offset, length), label, self._text(row))
+        return Record(self._read(row, offset, length), label)
 
     def head(self, i: int, num_bytes: int) -> bytes:
         """The first bytes of an image."""
@@ -82,14 +85,16 @@ class TarSource:
     def _read(self, row: int, offset: int, length: int) -> bytes:
         return paths.read(self._shards[self._index.shard[row]], offset, length)
 
-    def _text(self, row: int) -> str:
+    def text(self, i: int) -> str:
+        """Read from the offset that the index noted."""
+        row, where = self._rows[i], self.describe(i)
         if not self._index.text_kind[row]:
             return ""
-        content = self._read(row, *map(int, self._index.text[row]))
-        if self._index.text_kind[row] == 1:
-            return to_text(content).strip()
-        fields = json.loads(content)
-        return to_text(next((fields[name] for name in TEXT_FIELDS if fields.get(name)), ""))
+        text = to_text(self._read(row, *map(int, self._index.text[row])), where)
+        if self._index.text_kind[row] == TXT:
+            return text
+        found = json.loads(text)
+        return to_text(next((found[name] for name in self._fields.texts if found.get(name)), ""), where)
 
     def describe(self, i: int) -> str:
         row = self._rows[i]
@@ -102,11 +107,12 @@ class TarSource:
         return self._fingerprint
 
 
-def _cached_index(shards: list[paths.File], label_field: str, names: tuple[str, ...] | None) -> Index:
-    path = cache_dir("tar") / f"{digest(VERSION, paths.fingerprint(shards), label_field, names)}.npz"
+def _cached_index(shards: list[paths.File], fields: Fields, names: tuple[str, ...] | None) -> Index:
+    key = (VERSION, paths.fingerprint(shards), fields.label, names)
+    path = cache_dir("tar") / f"{digest(*key, *([fields.text] if fields.text else []))}.npz"
     index = _load_index(path)
     if index is None:
-        index = _build_index(shards, label_field, names)
+        index = _build_index(shards, fields, names)
         write_cached(path, lambda file: np.savez(file, **index._asdict()))
     return index
 
@@ -119,11 +125,11 @@ def _load_index(path: Path) -> Index | None:
         return None
 
 
-def _build_index(shards: list[paths.File], label_field: str, names: tuple[str, ...] | None) -> Index:
+def _build_index(shards: list[paths.File], fields: Fields, names: tuple[str, ...] | None) -> Index:
     from tqdm import tqdm
 
     with ThreadPoolExecutor(8) as pool:
-        scans = pool.map(lambda shard: _scan(shard, label_field, names), shards)
+        scans = pool.map(lambda shard: _scan(shard, fields, names), shards)
         scanned = list(tqdm(scans, desc="indexing tar shards (once)", total=len(shards), delay=2))
     rows = [(s, *sample) for s, samples in enumerate(scanned) for sample in samples]
     if not rows:
@@ -143,7 +149,7 @@ def _build_index(shards: list[paths.File], label_field: str, names: tuple[str, .
     )
 
 
-def _scan(shard: paths.File, label_field: str, names: tuple[str, ...] | None) -> list[tuple]:
+def _scan(shard: paths.File, fields: Fields, names: tuple[str, ...] | None) -> list[tuple]:
     """The samples of one shard that have an image: (key, image, text, text_kind, labels)."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with paths.open_file(shard.name) as file:
@@ -163,14 +169,14 @@ def _scan(shard: paths.File, label_field: str, names: tuple[str, ...] | None) ->
         except tarfile.TarError as error:
             raise UserError(f"{shard.name} is not a whole tar file: {error}; copy it again") from error
         return [
-            (key, image, *_text_and_labels(file, parts, label_field, names, f"{shard.name}:{key}"))
+            (key, image, *_text_and_labels(file, parts, fields, names, f"{shard.name}:{key}"))
             for key, parts in samples.items()
             if (image := next((parts[ending] for ending in ENDINGS if ending in parts), None))
         ]
 
 
 def _text_and_labels(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], label_field: str, names: tuple[str, ...] | None, where: str
+    file: BinaryIO, parts: dict[str, tuple[int, int]], fields: Fields, names: tuple[str, ...] | None, where: str
 ) -> tuple[tuple[int, int], int, list[int]]:
     def content(ending: str) -> bytes:
         offset, length = parts[ending]
@@ -178,14 +184,16 @@ def _text_and_labels(
         return file.read(length)
 
     try:
-        described = json.loads(content("json")) if "json" in parts else {}
-        label = described.get(label_field)
-        if "cls" in parts and label_field:
+        # A byte that is no UTF-8 is an error of the text alone, when that is read.
+        described = json.loads(content("json").decode("utf-8-sig", "replace")) if "json" in parts else {}
+        label = described.get(fields.label)
+        if "cls" in parts and fields.label:
             label = content("cls").decode().strip()
     except (ValueError, AttributeError) as error:
         raise UserError(f"{where} has a .json or .cls file that cannot be read: {error}") from error
-    kind = 1 if "txt" in parts else 2 if any(described.get(name) for name in TEXT_FIELDS) else 0
-    text = parts[("", "txt", "json")[kind]] if kind else (0, 0)
+    in_json = any(described.get(name) for name in fields.texts)
+    kind = TXT if "txt" in parts and not fields.text else JSON if in_json else 0
+    text = parts["txt" if kind == TXT else "json"] if kind else (0, 0)
     if label is None:
         return text, kind, [-1]
     return text, kind, [_class_number(v, names, where) for v in (label if isinstance(label, list) else [label])]

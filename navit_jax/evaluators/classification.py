@@ -42,6 +42,17 @@ class Predictions(NamedTuple):
     skipped: int
 
 
+class Names(NamedTuple):
+    """Of what `at_budgets` gives: prefix of its scores, file of its table and picture without an ending, its title."""
+
+    prefix: str
+    file: str
+    title: str
+
+
+EVAL = Names("eval", "accuracy_over_tokens", "One model, every token budget")
+
+
 def predictions(
     forward: Forward,
     params: Any,
@@ -143,21 +154,22 @@ def at_budgets(
     multi_label: bool,
     probabilities: str,
     workdir: Path,
+    names: Names = EVAL,
 ) -> dict[str, float]:
     """The scores of `run` at each token budget, the keys of `loaders`: `eval/top1@256`, ..., and `eval/images`.
 
-    Writes accuracy_over_tokens.csv and .png into workdir. The model compiles once if all loaders have the same L and K.
-    Options and errors are those of `run`.
+    Writes accuracy_over_tokens.csv and .png into workdir; `names` may say otherwise. The model compiles once if all
+    loaders have the same L and K. Options and errors are those of `run`.
     """
     options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
     rows, scores = [], {}
     for budget, loader in sorted(loaders.items()):
         found = run(forward, params, loader, put, **options)
         rows.append(dict(budget=budget) | found)
-        whole = {f"eval/{name}": found.pop(name) for name in ("images", "skipped")}
-        scores |= {f"eval/{name}@{budget}": value for name, value in found.items()} | whole
+        whole = {f"{names.prefix}/{name}": found.pop(name) for name in ("images", "skipped")}
+        scores |= {f"{names.prefix}/{name}@{budget}": value for name, value in found.items()} | whole
     if jax.process_index() == 0:
-        _write(rows, Path(workdir), "map" if multi_label else "top1")
+        _write(rows, Path(workdir), "map" if multi_label else "top1", names)
     return scores
 
 
@@ -188,9 +200,9 @@ def _judge(logits: np.ndarray, labels: np.ndarray, probabilities: str) -> tuple[
     return logits.argmax(1), confidence, np.where(has, rank, -1)
 
 
-def _write(rows: Sequence[dict], workdir: Path, score: str) -> None:
-    with (workdir / "accuracy_over_tokens.csv").open("w", newline="") as file:
+def _write(rows: Sequence[dict], workdir: Path, score: str, names: Names) -> None:
+    with (workdir / f"{names.file}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    plots.accuracy_over_tokens(rows, score, workdir / "accuracy_over_tokens.png")
+    plots.accuracy_over_tokens(rows, score, workdir / f"{names.file}.png", names.title)

@@ -22,9 +22,12 @@ from ml_collections import ConfigDict
 
 from input_pipeline import stream
 from input_pipeline.errors import UserError
-from input_pipeline.packed import Batch, Packed
+from input_pipeline.packed import Batch, Packed, Pairs
 from input_pipeline.packing import Planner
-from navit_jax import losses, navit, optim, sharding, train_step
+from input_pipeline.pairing import TextPlan
+from input_pipeline.text import open_tokenizer
+from input_pipeline.text_index import Texts
+from navit_jax import objectives, optim, sharding, train_step
 
 STAND_IN_CLASSES, STAND_IN_STEPS = 1000, 100_000
 _ROWS = 300  # planned for the mean of images and useful FLOPs a row
@@ -35,6 +38,7 @@ class Rows:
     """A step's rows as they will be on average.
 
     plan: options of the planner, with L and K. images, tokens and flops (useful, of training) are of one row.
+    text_plan, vocab_size: of a contrastive run.
     """
 
     plan: dict
@@ -44,6 +48,8 @@ class Rows:
     tokens: float
     flops: float
     note: str
+    text_plan: TextPlan | None = None
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,13 @@ def adapt(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[ConfigDict
     """(the config as it will run there, its mesh, what was changed): whole rows a chip, the platform's dtype."""
     config, notes = config.copy_and_resolve_references(), []
     mesh = sharding.make_mesh(config.mesh, devices)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], objectives.parts(config)
     rows = config.packing.rows_per_step
-    if rows % ways:
-        config.packing.rows_per_step = -(-rows // ways) * ways
-        parts = f" x {config.optim.accumulate_steps} parts" if config.optim.accumulate_steps > 1 else ""
+    if rows % (ways * parts):
+        config.packing.rows_per_step = -(-rows // (ways * parts)) * ways * parts
         notes.append(
-            f"packing.rows_per_step={rows} does not divide over data x fsdp = {ways // config.optim.accumulate_steps}"
-            f"{parts}: planned with {config.packing.rows_per_step}"
+            f"packing.rows_per_step={rows} does not divide over data x fsdp = {ways}{f' x {parts} parts' * (parts > 1)}"
+            f": planned with {config.packing.rows_per_step}"
         )
     if config.model.dtype == "auto":
         config.model.dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
@@ -92,18 +97,30 @@ def rows_of(config: ConfigDict) -> Rows:
         images = stream.open_images(config, "train")
         note = f"the sizes of the {len(images.sizes)} training images of {config.data.source!r}"
     except (UserError, OSError, ImportError) as error:
-        images = stream.Images(_NoSource(), _sizes(), STAND_IN_CLASSES)
+        images = stream.Images(_NoSource(), _sizes(), STAND_IN_CLASSES, *_texts(config))
         note = (
             f"stand-in images, 1:2 to 2:1, of {STAND_IN_CLASSES} classes, as {config.data.source!r} cannot be opened "
             f"here ({textwrap.shorten(str(error), 120)})"
         )
     train = stream.train_stream(config, images)
-    model, _, _ = navit.for_classes(config, images.classes)
+    vocab_size = images.tokenizer.vocab_size if images.tokenizer else 0
+    objective = objectives.make(config, images.classes, vocab_size)
     plans = list(itertools.islice(Planner(train.sampler, **train.plan), _ROWS))
-    flops = np.mean([3 * navit.flops_forward(model, plan.keep) for plan in plans])
-    kept = [plan.keep for plan in plans]
-    mean_images, tokens = np.mean([len(keep) for keep in kept]), np.mean([keep.sum() for keep in kept])
-    return Rows(train.plan, images.classes, train.builder.soft, float(mean_images), float(tokens), float(flops), note)
+    texts = [images.texts.lengths[train.sampler(p.positions).index] if images.texts else np.zeros(0) for p in plans]
+    flops = np.mean([objective.flops(plan.keep, text) for plan, text in zip(plans, texts, strict=True)])
+    mean_images, tokens = np.mean([len(plan.keep) for plan in plans]), np.mean([plan.keep.sum() for plan in plans])
+    means = dict(images=float(mean_images), tokens=float(tokens), flops=float(flops))
+    shape = dict(plan=train.plan, classes=images.classes, soft=train.builder.soft, text_plan=train.text_plan)
+    return Rows(**shape, **means, vocab_size=vocab_size, note=note)
+
+
+def _texts(config: ConfigDict) -> tuple:
+    """Stand-in texts, each as long as it may be, and the tokenizer, which must be here; () in a run without texts."""
+    if config.objective != "contrastive":
+        return ()
+    count, longest = len(_sizes()), config.text.max_tokens
+    tokens, starts = np.zeros(count * longest, np.uint8), longest * np.arange(count + 1)
+    return Texts(tokens, starts, np.arange(count, dtype=np.int32), 0), open_tokenizer(config.text.tokenizer)
 
 
 def _sizes() -> np.ndarray:
@@ -117,13 +134,20 @@ def batch_shapes(config: ConfigDict, rows: Rows) -> Batch:
     b, length, slots = config.packing.rows_per_step, rows.plan["length"], rows.plan["slots"]
     values = stream.patch_size(config) ** 2 * config.data.channels
     labels = ((b, slots, rows.classes), np.float32) if rows.soft else ((b, slots), np.int32)
-    images = Packed(
-        ShapeDtypeStruct((b, length, values), np.uint16 if config.data.bits == 16 else np.uint8),
-        ShapeDtypeStruct((b, length), np.int32),
-        ShapeDtypeStruct((b, length, 3), np.int32),
-        ShapeDtypeStruct((b, slots, 3), np.int32),
-    )
-    return Batch(images, ShapeDtypeStruct(*labels), ShapeDtypeStruct((b, slots), np.int32))
+    dtype, pairs = np.uint16 if config.data.bits == 16 else np.uint8, None
+    images = _packed(ShapeDtypeStruct((b, length, values), dtype), slots)
+    per_image = ShapeDtypeStruct((b, slots), np.int32)
+    if rows.text_plan:
+        per_text = ShapeDtypeStruct((b, rows.text_plan.slots), np.int32)
+        texts = _packed(ShapeDtypeStruct((b, rows.text_plan.length), np.int32), rows.text_plan.slots)
+        pairs = Pairs(texts, per_image, per_text, per_image, per_text)
+    return Batch(images, ShapeDtypeStruct(*labels), per_image, pairs)
+
+
+def _packed(values: ShapeDtypeStruct, slots: int) -> Packed:
+    b, length = values.shape[:2]
+    shapes = (b, length), (b, length, 3), (b, slots, 3)
+    return Packed(values, *(ShapeDtypeStruct(shape, np.int32) for shape in shapes))
 
 
 def lower(config: ConfigDict, mesh: Mesh, rows: Rows) -> tuple[jax.stages.Lowered, dict]:
@@ -131,13 +155,13 @@ def lower(config: ConfigDict, mesh: Mesh, rows: Rows) -> tuple[jax.stages.Lowere
     config = config.copy_and_resolve_references()
     total = config.total_steps or max(STAND_IN_STEPS, config.optim.warmup_steps + config.optim.cooldown_steps)
     config.optim.update(warmup_steps=min(config.optim.warmup_steps, total), cooldown_steps=0)
-    _, graph, shapes = navit.for_classes(config, rows.classes)
-    tx, _ = optim.make_optimizer(config.optim, shapes, total)
+    objective = objectives.make(config, rows.classes, rows.vocab_size)
+    tx, _ = optim.make_optimizer(config.optim, objective.shapes, total)
     ema = config.optim.ema_decay
-    state = jax.eval_shape(lambda p: train_step.init_state(p, tx, bool(ema)), shapes)
+    state = jax.eval_shape(lambda p: train_step.init_state(p, tx, bool(ema)), objective.shapes)
     places = sharding.state_shardings(mesh, state)
-    options = dict(accumulate=config.optim.accumulate_steps, ema_decay=ema, seed=config.seed)
-    step = train_step.make_train_step(graph, tx, losses.make_loss(config.loss), mesh, places, **options)
+    options = dict(limit=objective.limit, ema_decay=ema, seed=config.seed)
+    step = train_step.make_train_step(objective.gradient(mesh), tx, mesh, places, **options)
     host = ShapeDtypeStruct((mesh.size, 3), np.float32)
     state = jax.tree.map(lambda s, place: ShapeDtypeStruct(s.shape, s.dtype, sharding=place), state, places)
     return step.lower(state, batch_shapes(config, rows), host), state

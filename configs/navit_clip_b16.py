@@ -1,0 +1,23 @@
+"""NaViT-B/16 and a text tower, trained on images with texts.
+
+    python train.py --config configs/navit_clip_b16.py                  # embedded shapes with captions
+    python train.py --config configs/navit_clip_b16.py:folder=PATH      # PATH/captions.csv: file_name,text
+    python train.py --config configs/navit_clip_b16.py:tar=GLOB         # WebDataset: 0001.jpg + 0001.txt or .json
+
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name, c.objective, c.model.variant = "navit_clip_b16", "contrastive", "B/16"
+    base.use_data(c, arg or "shapes")
+    if c.data.source not in base.EMBEDDED:
+        return base.captions(c)
+    base.demo(c, steps=160, lr=3e-4)
+    c.text.update(width=256, depth=4, heads=4, mlp_dim=1024)
+    c.optim.weight_decay = ((".*kernel$", 0.03),)
+    return c

@@ -1,0 +1,29 @@
+"""A small image tower and a text tower that learn the captions of the embedded `shapes` while one watches.
+
+    python train.py --config configs/navit_clip_quickstart.py
+    python train.py --config configs/navit_clip_quickstart.py:square     # the baseline: every image resized to a square
+
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name, c.objective = "navit_clip_quickstart", "contrastive"
+    square = arg == "square"
+    base.use_data(c, "shapes" if square else arg or "shapes")
+    c.data.squash = square
+    c.model.update(variant="Ti/16", width=128, depth=4, heads=4, mlp_dim=512)
+    c.text.update(width=64, depth=2, heads=2, mlp_dim=256)
+    c.contrastive.update(embed_dim=64)
+    c.resolution.update(min_side=48, max_side=80)  # 9 to 25 tokens
+    c.drop.kind = "none"  # each patch of so few is needed
+    c.packing.update(row_length=128, rows_per_step=16)
+    c.optim.update(lr=5e-4, schedule="constant", warmup_steps=50, cooldown_steps=400, b2=0.95)
+    c.optim.weight_decay = ((".*kernel$", 0.03),)
+    c.update(total_steps=1000, log_every_steps=20, checkpoint_every_steps=500)
+    c.eval.update(token_budgets=(9, 25), rows_per_step=16)
+    return c

@@ -1,0 +1,199 @@
+"""What a run trains, as the trainer sees it: a model, the gradient of a step's rows, and what evaluation computes.
+
+An objective is this and its evaluators; the stream, the loop, the step and the checkpoints are the same for all.
+Gradients are sums over examples, so that the step divides once, whatever was added up before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from input_pipeline.errors import UserError
+from input_pipeline.packed import Batch, Packed
+from navit_jax import contrastive, losses, navit
+from navit_jax.contrastive_loss import Ids, contrastive_loss
+
+Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
+
+
+class Objective(NamedTuple):
+    """model: its sizes. dtype: that it computes in. graph, shapes: of it and its parameters. init: seed -> parameters.
+
+    gradient: mesh -> `Gradient`; its metrics hold `loss`, `correct`, `images` and `tokens`. forward: (params, batch) ->
+    (logits_BKC or None, vectors of the images). forward_texts: (params, texts) -> vectors; None without a text tower.
+    limit: what parameters are held to after an update. flops: useful ones of a training step over images, and texts, of
+    these lengths.
+    """
+
+    model: Any
+    dtype: jnp.dtype
+    graph: Any
+    shapes: dict
+    init: Callable[[int], dict]
+    gradient: Callable[[Mesh], Gradient]
+    forward: Callable[[dict, Batch], tuple]
+    forward_texts: Callable[[dict, Packed], jax.Array] | None
+    limit: Callable[[dict], dict]
+    flops: Callable[[np.ndarray, np.ndarray], float]
+
+
+def make(config: ConfigDict, classes: int, vocab_size: int = 0) -> Objective:
+    """The objective of a config; classes: of the data. vocab_size: of the tokenizer. Raises UserError."""
+    if config.objective == "supervised":
+        return _supervised(config, classes)
+    if config.objective == "contrastive":
+        return _contrastive(config, vocab_size)
+    raise UserError(f"objective is {config.objective!r}; expected supervised or contrastive.")
+
+
+def _supervised(config: ConfigDict, classes: int) -> Objective:
+    model, graph, shapes = navit.for_classes(config, classes)
+
+    def forward(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits_BKC, extra = navit.merge(graph, params)(batch.images)
+        return logits_BKC, extra["pooled"]
+
+    gradient = supervised_gradient(graph, losses.make_loss(config.loss), config.optim.accumulate_steps)
+    return Objective(
+        model=model,
+        dtype=model.compute_dtype,
+        graph=graph,
+        shapes=shapes,
+        init=partial(navit.init_params, model),
+        gradient=lambda mesh: gradient,
+        forward=forward,
+        forward_texts=None,
+        limit=lambda params: params,
+        flops=lambda images, texts: 3 * navit.flops_forward(model, images),  # backward is two forwards' products
+    )
+
+
+def supervised_gradient(graph: Any, loss: Callable, parts: int = 1) -> Gradient:
+    """Of a loss that is a sum over images, so that rows can be taken in `parts` parts, one at a time in memory.
+
+    Over several devices each part's gradients are summed over them: parts cost communication as well as save memory.
+    """
+
+    def sums(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
+        logits_BKC, _ = navit.merge(graph, params)(batch.images, key=key)
+        mask_BK = (batch.index >= 0) & (batch.labels.reshape(*batch.index.shape, -1).max(-1) >= 0)
+        total, count = losses.masked_sum(loss(logits_BKC, batch.labels, mask_BK), mask_BK)
+        correct, _ = losses.masked_sum(losses.correct_BK(logits_BKC, batch.labels), mask_BK)
+        return total, dict(loss=total, correct=correct, images=count, tokens=_tokens(batch))
+
+    gradient = jax.grad(sums, has_aux=True)
+    return gradient if parts == 1 else partial(_accumulate, gradient, parts)
+
+
+def _accumulate(gradient: Gradient, parts: int, params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
+    slices = _slices(batch, parts)
+
+    def body(total: tuple, part: tuple) -> tuple[tuple, None]:
+        i, rows = part
+        return jax.tree.map(jnp.add, total, gradient(params, rows, jax.random.fold_in(key, i))), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], slices), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, (jnp.arange(parts), slices))[0]
+
+
+def _slices(batch: Batch, parts: int) -> Batch:
+    """[parts, B / parts, ...]: a part takes every `parts`-th row, so that each device finds its share of every part
+    among its own rows."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _contrastive(config: ConfigDict, vocab_size: int) -> Objective:
+    if config.optim.accumulate_steps > 1:
+        raise UserError(
+            f"optim.accumulate_steps={config.optim.accumulate_steps} with a contrastive loss: its parts would see only "
+            "their own negatives, which is another loss than the whole step's. Set --config.optim.accumulate_steps=1 "
+            f"--config.contrastive.cache_parts={config.optim.accumulate_steps}: as little memory, the same gradient."
+        )
+    model = contrastive.from_config(config, vocab_size=vocab_size)
+    graph, shapes = contrastive.abstract(model)
+
+    def forward(params: dict, batch: Batch) -> tuple[None, jax.Array]:
+        return None, navit.merge(graph, params).encode_images(batch.images)
+
+    return Objective(
+        model=model,
+        dtype=model.image.compute_dtype,
+        graph=graph,
+        shapes=shapes,
+        init=partial(contrastive.init_params, model),
+        gradient=partial(contrastive_gradient, graph, config.contrastive),
+        forward=forward,
+        forward_texts=lambda params, texts: navit.merge(graph, params).encode_texts(texts),
+        limit=partial(contrastive.limit_scale, max_scale=config.contrastive.max_scale),
+        flops=lambda images, texts: 3 * contrastive.flops_forward(model, images, texts),
+    )
+
+
+def contrastive_gradient(graph: Any, cfg: ConfigDict, mesh: Mesh) -> Gradient:
+    """Of a loss over all pairs of the step. With `cache_parts` the towers see the rows in parts, the loss all of them:
+
+    vectors first, without what a backward pass needs; then the loss and the gradient of each vector; then each part
+    again, backwards from its vectors' gradients. Two forward passes instead of one, a part's memory, the same gradient.
+    Source: Gao et al. 2021 (GradCache, 2101.06983).
+    """
+    parts = cfg.cache_parts
+
+    def encode(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        towers, keys = navit.merge(graph, params), jax.random.split(key)
+        return towers.encode_images(batch.images, key=keys[0]), towers.encode_texts(batch.pairs.texts, key=keys[1])
+
+    def loss(params: dict, vectors: tuple, batch: Batch) -> tuple[jax.Array, dict]:
+        towers, pairs = navit.merge(graph, params), batch.pairs
+        ids = Ids(*(x.reshape(-1) for x in pairs[1:]))
+        flat = (z.reshape(-1, z.shape[-1]) for z in vectors)
+        total, found = contrastive_loss(
+            *flat, ids, towers.scale(), towers.bias(), kind=cfg.loss, mesh=mesh, block=cfg.block
+        )
+        return total, found | dict(loss=total, tokens=_tokens(batch))
+
+    def direct(params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
+        return jax.grad(lambda p: loss(p, encode(p, batch, key), batch), has_aux=True)(params)
+
+    def cached(params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
+        work = (jax.random.split(key, parts), _slices(batch, parts))
+        vectors = jax.lax.scan(lambda _, part: (None, encode(params, part[1], part[0])), None, work)[1]
+        rows = jax.tree.map(lambda z: z.swapaxes(0, 1).reshape(-1, *z.shape[2:]), vectors)  # as in the batch
+        (grads, slopes), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows, batch)
+        slopes = _slices(slopes, parts)
+
+        def body(total: dict, part: tuple) -> tuple[dict, None]:
+            key, rows, slope = part
+            _, back = jax.vjp(lambda p: encode(p, rows, key), params)
+            return jax.tree.map(jnp.add, total, back(slope)[0]), None
+
+        return jax.lax.scan(body, grads, (*work, slopes))[0], metrics
+
+    return direct if parts == 1 else cached
+
+
+def _tokens(batch: Batch) -> jax.Array:
+    return jnp.sum(batch.images.segment_ids > 0)
+
+
+def flops(objective: Objective, batch: Batch) -> float:
+    """Useful ones of a training step over these numpy rows, which are this process's."""
+    return objective.flops(_lengths(batch.images), _lengths(batch.pairs.texts) if batch.pairs else np.zeros(0))
+
+
+def _lengths(packed: Packed) -> np.ndarray:
+    """Tokens of each segment, [segments]."""
+    ids = packed.segment_ids
+    found = np.bincount((ids + np.arange(len(ids))[:, None] * (ids.max() + 1))[ids > 0])
+    return found[found > 0]
+
+
+def parts(config: ConfigDict) -> int:
+    """In how many equal parts the model sees a step's rows."""
+    return config.contrastive.cache_parts if config.objective == "contrastive" else config.optim.accumulate_steps
