@@ -98,14 +98,14 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     like = start.shapes(objective.shapes, tx, bool(config.optim.ema_decay), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     options = dict(limit=objective.limit, ema_decay=config.optim.ema_decay, seed=config.seed)
-    best = config.best_metric or f"{suite.default_metric(config)}@{max(config.eval.token_budgets)}"
+    best = config.best_metric or f"{suite.default_metric(config, eval_images)}@{max(config.eval.token_budgets)}"
     console.describe(config, rows, len(eval_images.sizes), objective, total, mesh)
     meta = dict(config=json.loads(config.to_json_best_effort()), data=stream.fingerprint(train_images))
     folder = CHECKPOINTS.value or workdir / "checkpoints"
     console.check_shared(folder)
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints, best)
-    begun = start.restore(checkpoints, like, None if EVAL_ONLY.value else meta)
-    begun = begun or start.fresh(config, objective.init, tx, shardings, whole=EVAL_ONLY.value)
+    begun = start.restore(checkpoints, like, meta, EVAL_ONLY.value)
+    begun = begun or start.fresh(config, objective.init, tx, shardings, meta["data"], whole=EVAL_ONLY.value)
     return SimpleNamespace(
         config=config,
         workdir=workdir,
@@ -169,7 +169,8 @@ def loop(run: SimpleNamespace, writer: writers.MetricWriter, stop: console.StopS
             if pending:
                 stopping |= settle(run, meter, bar, *pending)
             pending = (step, batch.index, sums)
-            due = {k: step == total or _every(step, config[f"{k}_every_steps"]) for k in ("log", "checkpoint", "eval")}
+            every = {name: config[f"{name}_every_steps"] for name in ("log", "checkpoint", "eval")}
+            due = {name: step == total or steps > 0 and step % steps == 0 for name, steps in every.items()}
             if not (any(due.values()) or stopping or run.profile.due(step)):
                 continue
             # Also at a checkpoint, so that no mean in metrics.jsonl spans one: a resumed run writes the same lines.
@@ -211,10 +212,6 @@ def settle(run: SimpleNamespace, meter: metrics.Meter, bar: tqdm, step: int, ind
     return stop > 0
 
 
-def _every(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
-
-
 def prepare_evaluations(
     config: ConfigDict,
     train_images: stream.Images,
@@ -237,15 +234,15 @@ def prepare_evaluations(
     else:
         found = suite.supervised(config, forward, at, images.classes, place)
     if config.eval.fewshot_shots:
-        chosen_CS = shots.choose_shots(train_images, max(config.eval.fewshot_shots), config.seed)
+        chosen_CS = shots.choose_shots(train_images, images, max(config.eval.fewshot_shots), config.seed)
         wanted = [(train_images, budgets[-1], np.sort(chosen_CS.ravel())), (images, budgets[-1], None)]
         pair = stream.eval_loaders(config, wanted, local)
-        found.append(suite.few_shot(config, forward, pair, chosen_CS, images.classes, place))
+        found.append(suite.few_shot(config, forward, pair, chosen_CS, place))
     return found
 
 
 def evaluate(run: SimpleNamespace, step: int, writer: writers.MetricWriter) -> dict:
-    """Accuracy at every token budget and the few-shot probe where asked for, of the average where one is kept."""
+    """The scores of every evaluation, of the average where one is kept."""
     params, scores = run.state.get("ema", run.state["params"]), {}
     for evaluation in run.evaluations:
         scores |= evaluation(params)

@@ -74,7 +74,7 @@ def compile_step(loss: Callable, mesh: Mesh, images: int) -> jax.stages.Compiled
     step = jax.jit(
         jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=(*places, rows), out_shardings=(whole, places)
     )
-    return step.lower(z, z, rate, rate, Ids(ids, ids, ids, ids)).compile()
+    return step.lower(z, z, rate, rate, Ids(*[ids] * 6)).compile()
 
 
 def temporaries(step: jax.stages.Compiled) -> int:
@@ -87,7 +87,7 @@ def batch(images: int) -> tuple:
     z_2NE = rng.normal(size=(2, images, WIDTH)).astype(np.float32)
     z_2NE /= np.linalg.norm(z_2NE, axis=-1, keepdims=True)
     ids = np.arange(images, dtype=np.int32)
-    return jax.device_put((*z_2NE, np.float32(SCALE), np.float32(BIAS), Ids(ids, ids, ids, ids)))
+    return jax.device_put((*z_2NE, np.float32(SCALE), np.float32(BIAS), Ids(*[ids] * 6)))
 
 
 def seconds(steps: list[jax.stages.Compiled], images: int) -> list[float]:

@@ -120,8 +120,8 @@ def contrastive() -> ConfigDict:
     c.init_scale = 10.0  # of the logits, 1 / temperature; learned
     c.max_scale = 100.0  # the learned scale stays below
     c.init_bias = -10.0  # sigmoid; learned
-    c.block = 1024  # images a block of logits: temporaries are block x texts / devices
-    c.cache_parts = 1  # towers see a step's rows in this many parts, the loss all of them (gradient caching)
+    c.block = 1024  # rows of each side in a block of logits: temporaries are block x block
+    c.cache_parts = 1  # towers see the rows in this many parts, the loss all (gradient caching); each communicates
     return c
 
 
@@ -171,7 +171,7 @@ def get_config() -> ConfigDict:
     c.eval_every_steps = 0  # 0: at the end only
     c.checkpoint_every_steps = 1000  # 0: at the end only
     c.keep_checkpoints = 2  # the last ones, and the best besides
-    c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 at the largest budget
+    c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 or retrieval/t2i_r1 at most tokens
     c.init_from = ""  # a run's folder or checkpoint to fine-tune from
     c.objective = "supervised"  # supervised (labels) | contrastive (texts)
     c.loss = ConfigDict(dict(kind="sigmoid", label_smoothing=0.0))  # sigmoid | softmax
@@ -238,7 +238,8 @@ def captions(c: ConfigDict) -> ConfigDict:
     c.model.posemb_beyond = "interpolate"  # for the rare very long image
     c.optim.update(lr=1e-3, warmup_steps=2000, cooldown_steps=2000, b2=0.95, weight_decay=((".*kernel$", 1e-4),))
     c.update(total_epochs=10.0, log_every_steps=20, checkpoint_every_steps=1000, eval_every_steps=2000)
-    c.data.label_field = ""
+    if not c.data.source.startswith("folder="):  # whose labels may be there or not
+        c.data.label_field = ""
     return c
 
 

@@ -3,19 +3,35 @@
 What depends on the data (a row too short, classes that differ) is refused where it is found out.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 from input_pipeline import augment
 from input_pipeline.errors import UserError
 
+Rule = tuple[str, bool, str]  # a field, whether it is fine, what it may hold
+SCORES = {  # of metrics.jsonl, at each token budget
+    "supervised": [f"eval/{score}" for score in ("top1", "top5", "map")],
+    "contrastive": [f"retrieval/{side}_r{k}" for side in ("t2i", "i2t") for k in (1, 5, 10)]
+    + [f"zeroshot/{score}" for score in ("top1", "top5", "map")],
+}
+
 
 def check(config: ConfigDict) -> None:
     """Raises UserError that names every field out of its range, what it holds and what it may hold."""
-    c, parts = config, config.optim.accumulate_steps
-    drop, aug, scores = c.drop, c.augment, ("top1", "top5", "ece", "map")
-    budgets = c.eval.token_budgets
-    best, text, cached = c.best_metric, c.text, c.contrastive.cache_parts
-    rules = [
+    rules = _rules(config) + _text_rules(config) + _objective_rules(config)
+    wrong = [(name, expected) for name, fine, expected in rules if not fine]
+    if wrong:
+        raise UserError(
+            "\n".join(f"{name} is {_value(config, name)!r}; expected {expected}." for name, expected in wrong)
+        )
+    augment.check(config.augment, config.data.channels, config.data.bits)
+
+
+def _rules(c: ConfigDict) -> list[Rule]:
+    drop, aug, parts, budgets = c.drop, c.augment, c.optim.accumulate_steps, c.eval.token_budgets
+    return [
         ("data.decode", c.data.decode in ("fast", "full"), "fast or full"),
         ("data.bits", c.data.bits in (8, 16), "8 or 16"),
         ("data.channels", c.data.channels >= 1, "1 or more"),
@@ -33,8 +49,6 @@ def check(config: ConfigDict) -> None:
         ("drop.end_rate", 0 <= drop.end_rate < 1, "a share from 0 to below 1"),
         ("drop.tau_examples", drop.tau_examples != 0, "another number than 0; negative decreases"),
         ("augment.mixup", aug.mixup >= 0, "0 or more"),
-        ("augment.mixup", not aug.mixup or c.objective != "contrastive",
-         "0, as a blend of two images has no text and the objective is contrastive"),
         ("augment.erasing", 0 <= aug.erasing <= 1, "a share from 0 to 1"),
         ("augment.randaugment_ops", aug.randaugment_ops >= 0, "0 or more"),
         ("optim.accumulate_steps", parts >= 1 and c.packing.rows_per_step % max(1, parts) == 0,
@@ -44,6 +58,13 @@ def check(config: ConfigDict) -> None:
         ("eval.fewshot_shots", all(s >= 1 for s in c.eval.fewshot_shots), "numbers of images, 1 or more each"),
         ("log_every_steps", c.log_every_steps >= 1, "1 or more"),
         ("objective", c.objective in ("supervised", "contrastive"), "supervised or contrastive"),
+        ("loss.kind", not (c.data.multi_label and c.loss.kind == "softmax"), "sigmoid, as data.multi_label is set"),
+    ]  # fmt: skip
+
+
+def _text_rules(c: ConfigDict) -> list[Rule]:
+    text, scale, cached = c.text, c.contrastive.init_scale, c.contrastive.cache_parts
+    return [
         ("text.max_tokens", text.max_tokens >= 1, "1 or more"),
         ("text.row_length", text.row_length >= 0, "1 or more, or 0 to choose"),
         ("text.texts_per_row", text.texts_per_row >= 0, "1 or more, or 0 to choose"),
@@ -52,14 +73,39 @@ def check(config: ConfigDict) -> None:
         ("contrastive.cache_parts", cached >= 1 and c.packing.rows_per_step % max(1, cached) == 0,
          f"a divisor of packing.rows_per_step={c.packing.rows_per_step}"),
         ("text.vocab_size", text.vocab_size >= 0, "1 or more, or 0 for the tokenizer's"),
-        ("loss.kind", not (c.data.multi_label and c.loss.kind == "softmax"), "sigmoid, as data.multi_label is set"),
-        ("best_metric", not best or best.startswith(("fewshot/", "zeroshot/", "retrieval/")) or best in
-         [f"eval/{s}@{b}" for s in scores for b in budgets], f"such as eval/top1@{max(budgets, default=256)}"),
+        ("text.pool", text.pool in ("last", "map", "mean"), "last, map or mean"),
+        ("contrastive.embed_dim", c.contrastive.embed_dim >= 1, "1 or more"),
+        ("contrastive.init_scale", 0 < scale <= c.contrastive.max_scale,
+         f"above 0, to contrastive.max_scale={c.contrastive.max_scale:g}"),
     ]  # fmt: skip
-    wrong = [(name, expected) for name, fine, expected in rules if not fine]
-    if wrong:
-        raise UserError("\n".join(f"{name} is {_value(c, name)!r}; expected {expected}." for name, expected in wrong))
-    augment.check(aug, c.data.channels, c.data.bits)
+
+
+def _objective_rules(c: ConfigDict) -> list[Rule]:
+    """What the objective decides: scores there are, and what a loss over pairs has no meaning for."""
+    if c.objective not in SCORES:
+        return []
+    scores = [f"{score}@{budget}" for score in SCORES[c.objective] for budget in reversed(c.eval.token_budgets)]
+    scores += [f"fewshot/top1@{shots}shot" for shots in c.eval.fewshot_shots]
+    example = f"a score of this objective, {c.objective}, such as {scores[0] if scores else SCORES[c.objective][0]}"
+    best = ("best_metric", not c.best_metric or c.best_metric in scores, example)
+    if c.objective == "supervised":
+        return [best]
+    parts, prompts = c.optim.accumulate_steps, c.eval.prompts
+    return [
+        best,
+        ("augment.mixup", not c.augment.mixup,
+         "0, as a blend of two images has no text and the objective is contrastive"),
+        ("optim.accumulate_steps", parts <= 1,
+         "1 with a contrastive loss: its parts would see only their own negatives, which is another loss than the "
+         f"whole step's. Set --config.optim.accumulate_steps=1 --config.contrastive.cache_parts={parts}: as little "
+         "memory, the same gradient"),
+        ("loss.label_smoothing", not c.loss.label_smoothing, "0, as the objective is contrastive and has no labels"),
+        ("eval.prompts", prompts in ("", "none") or os.path.isfile(os.path.expanduser(prompts)),
+         "a file that exists, a sentence a line with {} for the class; or none"),
+        ("data.source", not c.data.source.startswith("tfds=imagenet2012"),
+         "images with texts, as the objective is contrastive: ImageNet has labels and no texts. It can be "
+         "data.eval_source, for zero-shot"),
+    ]  # fmt: skip
 
 
 def _value(config: ConfigDict, name: str) -> object:

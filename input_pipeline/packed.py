@@ -32,6 +32,8 @@ class Pairs(NamedTuple):
     texts: values [B, T] token ids; coords of a token are (0, 0, place in its text), grids (1, 1, length).
     example_BK, example_BM: [B, K] and [B, M] int32, a number of this step that an image and its text share; -1: none.
     number_BK, number_BM: int32, the same for equal texts of the data, of an image its text's; -1: none.
+    image_BK, image_BM: int32, the same for examples that are one image with several texts, of a text its image's; -1:
+    none.
     """
 
     texts: Packed
@@ -39,6 +41,8 @@ class Pairs(NamedTuple):
     example_BM: np.ndarray
     number_BK: np.ndarray
     number_BM: np.ndarray
+    image_BK: np.ndarray
+    image_BM: np.ndarray
 
 
 class Batch(NamedTuple):

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 class RowBuilder:
     """`builder(plan) -> Row` for one source and sampler; `soft` labels are [K, C] rather than [K].
 
-    texts, text_plan: of a contrastive run, whose rows come in pairs; T and M.
+    texts, files, text_plan: of a contrastive run, whose rows come in pairs; see `stream.Images`; T and M.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class RowBuilder:
         slots: int,
         classes: int,
         texts: "Texts | None" = None,
+        files: np.ndarray | None = None,
         text_plan: pairing.TextPlan | None = None,
     ):
         self.source, self.sampler, self.config, self.classes = source, sampler, config, classes
-        self.texts, self.text_plan = texts, text_plan
+        self.texts, self.files, self.text_plan = texts, files, text_plan
         self.length, self.slots, self.train = length, slots, not sampler.budget
         self.dtype = np.uint16 if config.data.bits == 16 else np.uint8
         self.mixup = config.augment.mixup if self.train else 0.0
@@ -89,9 +90,9 @@ class RowBuilder:
         index: [K] of the image row, -1 where an image could not be used.
         """
         examples, (length, slots, *_) = step.rows[row], self.text_plan
-        packed, example_M, number_M = pairing.text_row(self.texts, step.index[examples], examples, length, slots)
-        example_K, number_K = pairing.image_ids(self.texts, int(step.first[row]), index)
-        return Pairs(packed, example_K, example_M, number_K, number_M)
+        packed, of_M = pairing.text_row(self.texts, self.files, step.index[examples], examples, length, slots)
+        of_K = pairing.image_ids(self.texts, self.files, int(step.first[row]), index)
+        return Pairs(packed, *(ids for both in zip(of_K, of_M, strict=True) for ids in both))
 
     def _pixels(self, data: bytes | np.ndarray, drawn: Draws, i: int, position: int) -> np.ndarray:
         """The image at its drawn size, [rows * p, columns * p, C]."""

@@ -4,19 +4,23 @@ The seed and the source decide, not the training run: the probes of two models s
 can be compared.
 """
 
+import dataclasses
+
 import numpy as np
 
 from input_pipeline import keys
 from input_pipeline.errors import DecodeError, UserError
-from input_pipeline.stream import Images
+from input_pipeline.stream import Images, match_classes
 
 
-def choose_shots(images: Images, shots: int, seed: int) -> np.ndarray:
+def choose_shots(images: Images, held_out: Images, shots: int, seed: int) -> np.ndarray:
     """Images a class, [C, shots] int64: the first of each in a shuffle of the source that only the seed decides.
 
     Labels are read along the shuffle until every class has enough: about 30 thousand of ImageNet's 1.28 million for 10
-    shots. Raises UserError naming a class with fewer readable images, and for multi-label data.
+    shots. Raises UserError naming a class with fewer readable images, for multi-label data, and where the two have no
+    classes or not the same: a probe needs them also where the objective does not.
     """
+    _check_classes(images, held_out)
     source = images.source
     names, size = source.class_names, len(source)
     chosen = [[] for _ in names]
@@ -52,3 +56,15 @@ def _label(images: Images, i: int) -> int:
             "the few-shot probe needs one class an image: set --config.eval.fewshot_shots=() for multi-label"
         )
     return int(label)
+
+
+def _check_classes(images: Images, held_out: Images) -> None:
+    try:
+        match_classes(dataclasses.replace(images, texts=None), held_out)  # as of a run that learns classes
+        if not held_out.source.class_names:
+            raise UserError("the held-out images have none")
+    except UserError as error:
+        raise UserError(
+            "the few-shot probe needs the classes that --config.data.label_field names; "
+            f"--config.eval.fewshot_shots=() turns it off: {error}"
+        ) from None

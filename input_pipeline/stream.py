@@ -16,9 +16,9 @@ from input_pipeline.rows import RowBuilder
 from input_pipeline.size_index import Group
 from input_pipeline.size_index import sizes as read_sizes
 from input_pipeline.sources import Source, open_source
-from input_pipeline.sources.captions import check_share
+from input_pipeline.sources.problems import check_share, report
 from input_pipeline.text import Tokenizer, open_tokenizer
-from input_pipeline.text_index import Texts, check_missing, read_texts
+from input_pipeline.text_index import Texts, check_distinct, check_missing, read_texts
 
 log = logging.getLogger(__name__)
 _DRY_IMAGES = 20_000  # planned to choose K and to report fill: 0.1 s
@@ -30,6 +30,7 @@ class Images:
     """A source with the sizes of its images, [N, 2] int32 (height, width); 0 for images that are left out.
 
     Left out are unreadable headers and, in a contrastive run, images without text. texts, tokenizer: of that run.
+    files: [N] int32, equal for the examples that are one image with several texts; None: no two are.
     """
 
     source: Source
@@ -37,6 +38,7 @@ class Images:
     classes: int
     texts: Texts | None = None
     tokenizer: Tokenizer | None = None
+    files: np.ndarray | None = None
 
 
 def open_images(config: ConfigDict, split: str, group: Group | None = None) -> Images:
@@ -49,20 +51,24 @@ def open_images(config: ConfigDict, split: str, group: Group | None = None) -> I
     name = data.eval_split if split == "eval" else data.train_split
     fields = {field: data[field] for field in ("image_field", "label_field", "text_field", "multi_label")}
     source = open_source(spec, name, **fields, hold_out=not data.eval_source)
-    check_share(source, spec, data.max_bad_share)
+    if lead := group is None or group.rank == 0:
+        report(source, spec)
+    if config.objective == "contrastive" or not spec.startswith("tar="):  # a label needs no text, with image or without
+        check_share(source, spec, data.max_bad_share)
     if not len(source):
         raise UserError(f"{spec} has no images in its split {name!r}")
     sizes = read_sizes(source, group=group)
     bad = np.flatnonzero(sizes.min(axis=1) == 0)
-    for i in bad[:10] if group is None or group.rank == 0 else ():
+    for i in bad[:10] if lead else ():
         log.warning("unreadable header, left out: %s", source.describe(int(i)))
     if len(bad) > data.max_bad_share * len(sizes):
         raise UserError(
-            f"{len(bad)} of {len(sizes)} images in {spec} have an unreadable header, above "
-            f"data.max_bad_share={data.max_bad_share:g}; "
-            f"the first is {source.describe(int(bad[0]))}. Remove them or raise --config.data.max_bad_share."
+            f"{len(bad)} of {len(sizes)} images in {spec} have an unreadable header, above data.max_bad_share="
+            f"{data.max_bad_share:g}; the first is {source.describe(int(bad[0]))}. Remove them or raise "
+            "--config.data.max_bad_share."
         )
-    images = Images(source, sizes, len(source.class_names))
+    files = source.image_numbers() if hasattr(source, "image_numbers") else None
+    images = Images(source, sizes, len(source.class_names), files=files)
     return _with_texts(config, images, spec, split, group) if config.objective == "contrastive" else images
 
 
@@ -79,6 +85,7 @@ def _with_texts(config: ConfigDict, images: Images, spec: str, split: str, group
     if split == "eval" and images.classes and not texts.lengths.any():
         return dataclasses.replace(images, tokenizer=tokenizer)
     check_missing(texts, source, spec, config.data.max_bad_share)
+    check_distinct(texts, spec, text.max_tokens)
     sizes = np.where(texts.lengths[:, None] > 0, images.sizes, 0)
     return dataclasses.replace(images, sizes=sizes, texts=texts, tokenizer=tokenizer)
 
@@ -162,18 +169,16 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
     length, rows = config.packing.row_length, config.packing.rows_per_step
     if sampler.largest_kept > length:
         raise UserError(
-            f"packing.row_length={length} is too small for one image: "
-            f"resolution.max_side={config.resolution.max_side} at patch "
-            f"{sampler.patch} gives up to {sampler.largest_kept} tokens. Set "
-            f"--config.packing.row_length={sampler.largest_kept} or lower "
-            "--config.resolution.max_side."
+            f"packing.row_length={length} is too small for one image: resolution.max_side="
+            f"{config.resolution.max_side} at patch {sampler.patch} gives up to {sampler.largest_kept} tokens. Set "
+            f"--config.packing.row_length={sampler.largest_kept} or lower --config.resolution.max_side."
         )
     plan = _plan_options(config, sampler, length, config.packing.images_per_row)
-    texts, text_plan = images.texts, None
+    texts, files, text_plan = images.texts, images.files, None
     if texts is not None:
         text_plan = pairing.choose(_windows(config, sampler), plan, texts, rows, _DRY_IMAGES, config.text)
-    options = dict(length=length, slots=plan["slots"], classes=images.classes, texts=texts, text_plan=text_plan)
-    builder = RowBuilder(images.source, sampler, config, **options)
+    options = dict(classes=images.classes, texts=texts, files=files, text_plan=text_plan)
+    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], **options)
     return TrainStream(images, sampler, builder, plan, rows, text_plan)
 
 
@@ -190,8 +195,10 @@ def eval_loader(
 
     local: which of a step's rows this process builds; None: all.
     """
-    if indices is None and 0 < config.eval.max_examples < len(images.sizes):  # spread over the set, which may be sorted
-        indices = np.arange(config.eval.max_examples) * len(images.sizes) // config.eval.max_examples
+    if indices is None:
+        indices, most = _different(images), config.eval.max_examples
+        if 0 < most < len(indices):  # spread over the set, which may be sorted
+            indices = indices[np.arange(most) * len(indices) // most]
     sampler = Sampler(config, images.sizes, patch_size(config), budget, indices)
     length = max(config.packing.row_length, budget)
     rows = eval_rows(config)
@@ -199,6 +206,14 @@ def eval_loader(
     count = sum(1 for _ in packing.Planner(sampler, **plan))
     builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
     return Loader(builder, plan, rows=rows, steps=-(-count // rows), local=local)
+
+
+def _different(images: Images) -> np.ndarray:
+    """The numbers of all images, of those with several texts the first with one that can be used."""
+    if images.files is None:
+        return np.arange(len(images.sizes))
+    usable = np.flatnonzero(images.sizes.min(axis=1) > 0)
+    return np.sort(usable[np.unique(images.files[usable], return_index=True)[1]])
 
 
 def eval_rows(config: ConfigDict) -> int:

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer from `data.text`'s setting: bytes, a Hugging Face tokenizer.json or a SentencePiece *.model.
+    """A tokenizer from the setting `text.tokenizer`: bytes, a Hugging Face tokenizer.json or a SentencePiece *.model.
 
     Raises UserError for a file that is missing, of another kind or broken, and for a library that is not installed.
     """

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from input_pipeline.text import Tokenizer, encode
 if TYPE_CHECKING:
     from input_pipeline.sources.base import Source
 
-VERSION = 1  # part of the key: raise it when `encode` gives other ids for the same text
+VERSION = 2  # part of the key: raise it when the same data gives other ids
 CHUNK = 256  # texts a task
 WHOLE, CUT, UNREADABLE, UNREACHABLE = range(4)  # what became of a text; an empty one is whole
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def read_texts(
         read = functools.partial(_read_part, source, tokenizer, max_tokens, lower, num_threads)
         found = _read_together(read, len(source), found, progress, group)
         if not (found.states == UNREACHABLE).any():
-            size_index.keep(path, functools.partial(_save, found), group)
+            size_index.keep(path, lambda file: np.savez(file, **found._asdict()), group)
     starts = np.concatenate([[0], np.cumsum(found.lengths)])
     cut = int((found.states == CUT).sum())
     texts = Texts(found.tokens, starts, _number(found.tokens, starts), cut)
@@ -114,13 +114,31 @@ def check_missing(texts: Texts, source: "Source", where: str, max_share: float) 
         raise UserError(
             f"{where} has no captions, and a contrastive run needs one for each image: in tfds, array_record, hf and "
             "the JSON of tar data, --config.data.text_field names their field; a folder needs a captions.csv or "
-            "captions.jsonl with file_name and text."
+            f"captions.jsonl with file_name and text.{_why(source, int(missing[0]))}"
         )
     if len(missing) > max_share * len(texts):
         raise UserError(
             f"{len(missing)} of {len(texts)} images in {where} have no caption that can be used, above "
             f"data.max_bad_share={max_share:g}; the first is {source.describe(int(missing[0]))}. Remove them or raise "
             "--config.data.max_bad_share."
+        )
+
+
+def _why(source: "Source", i: int) -> str:
+    try:
+        source.text(i)
+        return ""
+    except (DecodeError, OSError) as error:
+        return f" {error}."
+
+
+def check_distinct(texts: Texts, where: str, max_tokens: int) -> None:
+    """Raises UserError where all texts are equal, and there are several."""
+    if texts.numbers.max() == 0 and (count := int((texts.numbers == 0).sum())) > 1:
+        raise UserError(
+            f"all {count} texts in {where} are equal: every text masks every other, and nothing is learned. "
+            f"Likely they differ only behind --config.text.max_tokens={max_tokens} tokens, or --config.data.text_field "
+            "names a field that always holds the same."
         )
 
 
@@ -146,10 +164,6 @@ def _load(path: Path, texts: int) -> _Part | None:
         return None
     shapes = found.lengths.shape == found.states.shape == (texts,)
     return found if shapes and found.tokens.shape == (found.lengths.sum(),) else None
-
-
-def _save(found: _Part, file: BinaryIO) -> None:
-    np.savez(file, **found._asdict())
 
 
 def _read_together(
@@ -228,5 +242,7 @@ def _report(source: "Source", texts: Texts, states: np.ndarray, max_tokens: int)
         log.warning("no text, left out: %s (%s)", source.describe(i), reasons.get(int(states[i]), "missing or empty"))
     if len(texts.missing):
         log.warning("%d of %d images have no text", len(texts.missing), len(texts))
+    for i in np.flatnonzero(states == CUT)[:10].tolist():
+        log.warning("text is cut: %s", source.describe(i))
     if texts.cut:
         log.warning("%d of %d texts are longer than %d tokens and are cut", texts.cut, len(texts), max_tokens)

@@ -31,18 +31,19 @@ _ABSENT = "(absent)"
 def init_from(params_new: Tree, params_old: Tree) -> tuple[Tree, list[str]]:
     """(parameters to start from, what to tell the user): old values with the new dtypes and shardings.
 
-    A `head/` that differs (other classes, or none) stays new, and so does all but the image tower where one model has
-    two towers and the other only that; both are mentioned. Raises UserError naming any other parameter that is missing,
-    unexpected or of another shape, with both shapes.
+    A `head/` that differs (other classes, or none) stays new, a bias of the logits that only one has, too, and so does
+    all but the image tower where one model has two towers and the other only that; all are mentioned. Raises UserError
+    naming any other parameter that is missing, unexpected or of another shape, with both shapes.
     """
     new, old, notes = _shared_tower(named_leaves(params_new), named_leaves(params_old))
-    head_new, head_old = ({n: x for n, x in leaves.items() if n.startswith("head/")} for leaves in (new, old))
-    if differences(head_old, head_new, dtypes=False):
-        was, now = (
-            ", ".join(f"{n} {list(x.shape)}" for n, x in head.items()) or "none" for head in (head_old, head_new)
-        )
-        notes.append(f"The head starts anew: {was} in the checkpoint, {now} in this model.")
-        new, old = ({n: x for n, x in leaves.items() if not n.startswith("head/")} for leaves in (new, old))
+    for what, prefix in (("head", "head/"), ("bias of the logits", "logit_bias")):
+        own_new, own_old = ({n: x for n, x in leaves.items() if n.startswith(prefix)} for leaves in (new, old))
+        if differences(own_old, own_new, dtypes=False):
+            was, now = (
+                ", ".join(f"{n} {list(x.shape)}" for n, x in own.items()) or "none" for own in (own_old, own_new)
+            )
+            notes.append(f"The {what} starts anew: {was} in the checkpoint, {now} in this model.")
+            new, old = ({n: x for n, x in leaves.items() if not n.startswith(prefix)} for leaves in (new, old))
     wrong = differences(old, new, dtypes=False)
     if wrong:
         raise UserError(
@@ -69,6 +70,14 @@ def _shared_tower(new: dict, old: dict) -> tuple[dict, dict, list[str]]:
     old = {IMAGE + name: x for name, x in old.items() if not name.startswith("head/")}
     note = "The checkpoint is of one tower: it becomes the image tower, without its head; all else starts anew."
     return new, old, [note]
+
+
+def other_tokenizer(meta_old: dict, data: dict) -> str:
+    """What to tell the user where a checkpoint's text tower learned another tokenizer's ids; "" if it did not."""
+    was, now = meta_old.get("data", {}).get("tokenizer"), data.get("tokenizer")
+    if was is None or now is None or was == now:
+        return ""
+    return f"The checkpoint's texts had the tokenizer {was}, these have {now}: set that run's config.text.tokenizer."
 
 
 def check_compatible(meta_old: dict, meta_new: dict) -> None:

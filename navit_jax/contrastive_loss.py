@@ -26,16 +26,19 @@ MASKED = -1e30  # finite: -inf - -inf would be nan in slots that have no negativ
 
 
 class Ids(NamedTuple):
-    """Which text belongs to which image, and which texts are equal; `Pairs` of a batch, slots flattened. int32.
+    """Which text belongs to which image, and what is equal; `Pairs` of a batch, slots flattened. int32.
 
     example_N, example_M: the same for an image and its text, each at most once a side and below N; -1: none.
     number_N, number_M: the same for equal texts, of an image its text's; -1: equal to no other.
+    image_N, image_M: the same for copies of one image, of a text its image's; -1: a copy of no other.
     """
 
     example_N: jax.Array
     example_M: jax.Array
     number_N: jax.Array
     number_M: jax.Array
+    image_N: jax.Array
+    image_M: jax.Array
 
 
 def contrastive_loss(
@@ -53,17 +56,16 @@ def contrastive_loss(
 
     z: unit vectors of N image slots and M text slots, split over the mesh as a step's rows; the logits are
     scale * <z_n, z_m>, for sigmoid + bias. An image and a text count if each other's example is in the step; what other
-    slots hold, nan included, changes nothing. Texts equal to an image's own are not its negatives, nor is it theirs.
+    slots hold, nan included, changes nothing. Texts equal to an image's own, and other texts of the same image, are not
+    its negatives, nor is it theirs.
     softmax: sum over pairs of the mean of both directions' cross-entropies. sigmoid: -log sigmoid(+-logit), summed over
     all images and texts. Divide by the metric `images`, the number of pairs; `correct` of them have a larger logit than
     the image's negatives. block: rows of each side in a block of logits. Differentiable in z, scale and bias.
     Raises UserError for an unknown kind, or a block below 1.
     Source: Radford et al. 2021 (CLIP), section 2.3; Zhai et al. 2023 (SigLIP), sections 3.2 and 3.3.
     """
-    if kind not in KINDS:
-        raise UserError(f"contrastive.loss is {kind!r}; expected one of {', '.join(KINDS)}.")
-    if block < 1:
-        raise UserError(f"contrastive.block is {block}; expected 1 or more, such as 1024.")
+    if kind not in KINDS or block < 1:
+        raise UserError(f"loss {kind!r} in blocks of {block}; expected {' or '.join(KINDS)}, in blocks of 1 or more.")
     images, texts = _sides(z_NE, z_ME, pairs, mesh)
     how = _How(kind, mesh, block)
     total, (best_N, positive_N) = _total(how, images, texts, jnp.float32(scale), jnp.float32(bias))
@@ -79,11 +81,12 @@ class _How(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Vectors of one side, 0 in slots that do not count, and their example and number counted from 1; 0: none."""
+    """Vectors of one side, 0 in slots that do not count, and their `Ids` counted from 1; 0: none."""
 
     z: jax.Array
     example: jax.Array
     number: jax.Array
+    image: jax.Array
 
 
 class _Sums(NamedTuple):
@@ -110,12 +113,11 @@ def _sides(z_NE: jax.Array, z_ME: jax.Array, pairs: Ids, mesh: Mesh) -> tuple[_S
     partners = _over(mesh, lambda n, m: (known(n, m), known(m, n)), (ROWS, ROWS))
     valid_N, valid_M = partners(pairs.example_N, pairs.example_M)
 
-    def side(z: jax.Array, example: jax.Array, number: jax.Array, valid: jax.Array) -> _Side:
+    def side(z: jax.Array, valid: jax.Array, *ids: jax.Array) -> _Side:
         clean = jnp.where(valid[:, None], z.astype(jnp.float32), 0.0)
-        return _Side(clean, jnp.where(valid, example + 1, 0), jnp.where(valid, number + 1, 0))
+        return _Side(clean, *(jnp.where(valid, x + 1, 0) for x in ids))
 
-    images = side(z_NE, pairs.example_N, pairs.number_N, valid_N)
-    return images, side(z_ME, pairs.example_M, pairs.number_M, valid_M)
+    return side(z_NE, valid_N, *pairs[::2]), side(z_ME, valid_M, *pairs[1::2])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +146,7 @@ def _backward(how: _How, kept: tuple, d_out: tuple) -> tuple[_Side, _Side, jax.A
     sides = (images, by_N), (texts, by_M)
     (d_NE, d_N), d_ME = _ring(how, _differentiate, *sides, i, jnp.zeros_like(texts.z), (scale, bias))
     g = d_out[0]
-    d_images, d_texts = (_Side(g * scale * d, None, None) for d in (d_NE, d_ME))
+    d_images, d_texts = (_Side(g * scale * d, None, None, None) for d in (d_NE, d_ME))
     d_bias = g * d_N.sum() if how.kind == "sigmoid" else jnp.zeros_like(bias)
     return d_images, d_texts, g * (images.z * d_NE).sum(), d_bias
 
@@ -247,4 +249,5 @@ def _logits(kind: str, image: _Side, text: _Side, rates: tuple) -> tuple[jax.Arr
     both_IJ = (image.example > 0)[:, None] & (text.example > 0)
     same_IJ = image.example[:, None] == text.example
     equal_IJ = (image.number[:, None] == text.number) & (text.number > 0)
-    return logits_IJ, both_IJ & same_IJ, both_IJ & ~same_IJ & ~equal_IJ
+    copies_IJ = (image.image[:, None] == text.image) & (text.image > 0)
+    return logits_IJ, both_IJ & same_IJ, both_IJ & ~(same_IJ | equal_IJ | copies_IJ)

@@ -95,7 +95,7 @@ class Meter:
             yield item
 
     def add(self, sums: Mapping[str, float], *, slots: int, flops: float, skipped: int = 0) -> None:
-        """Add a step. sums: `loss`, `correct`, `images` and `tokens` of it, summed over its real images; `grad_norm`.
+        """Add a step. sums: `loss`, `correct`, `images`, `tokens` of it, summed over its images or pairs; `grad_norm`.
 
         slots: tokens that its rows could hold. flops: useful ones of the step. skipped: images that could not be used.
         """
@@ -105,8 +105,9 @@ class Meter:
     def peek(self) -> dict[str, float]:
         """The means so far, named as in metrics.jsonl; empty before the first step. Per second of this process's clock.
 
-        `train/loss`, `train/accuracy` are means over images; `train/grad_norm` over steps; `train/images_per_s`,
-        `train/tokens_per_s` count real ones; `train/mfu` and `data/fill` are shares; `data/skipped` is a count.
+        `train/loss`, `train/accuracy` are means over images, or over pairs with texts; `train/grad_norm` over steps;
+        `train/images_per_s`, `train/tokens_per_s` count real ones; `train/mfu` and `data/fill` are shares;
+        `data/skipped` is a count, and of pairs `data/unmatched`, images whose text had no place in their step.
         `time/step_s` is a mean over steps, and of it the host spent `time/data_s` waiting for rows, `time/h2d_s`
         handing them to the device and `time/compute_s` dispatching steps and waiting for them.
         """
@@ -123,6 +124,7 @@ class Meter:
             "train/mfu": s["flops"] / seconds / self._peak,
             "data/fill": s["tokens"] / s["slots"],
             "data/skipped": s["skipped"],
+            **({"data/unmatched": s["unmatched"]} if "unmatched" in s else {}),
             "time/step_s": seconds / s["steps"],
             **{f"time/{part}_s": self._times[part] / s["steps"] for part in PARTS},
         }

@@ -195,13 +195,7 @@ def flops_forward(cfg: NaViTConfig, lengths: Sequence[int] | np.ndarray) -> floa
     Padding, masked logits and position tables are no use and not counted; a training step is three times as much.
     """
     n = np.asarray(lengths, np.float64)
-    images, tokens = n.size, n.sum()
-    inside, width, mlp_dim = n + cfg.registers, cfg.width, cfg.mlp_dim
-    patch = 2 * cfg.patch_size**2 * cfg.channels * width
-    linear = 2 * (4 * width**2 + 2 * width * mlp_dim)
-    total = tokens * patch + cfg.depth * (inside.sum() * linear + 4 * width * np.square(inside).sum())
-    if cfg.pool == "map":
-        total += tokens * 2 * (width * cfg.heads + width**2 + width) + images * 2 * (width**2 + 2 * width * mlp_dim)
-    else:
-        total += tokens * 2 * width
-    return float(total + images * 2 * width * cfg.num_classes)
+    patches = n.sum() * 2 * cfg.patch_size**2 * cfg.channels * cfg.width
+    head = n.size * 2 * cfg.width * cfg.num_classes
+    encoder = transformer.flops_encode(cfg, n + cfg.registers)
+    return float(patches + encoder + pooling.flops_pool(cfg, cfg.pool, n) + head)

@@ -16,24 +16,23 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed
-from navit_jax import contrastive, losses, navit
+from navit_jax import contrastive, losses, navit, optim
 from navit_jax.contrastive_loss import Ids, contrastive_loss
 
 Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
 
 
 class Objective(NamedTuple):
-    """model: its sizes. dtype: that it computes in. graph, shapes: of it and its parameters. init: seed -> parameters.
+    """dtype: that the model computes in. shapes: of its parameters. init: seed -> parameters.
 
-    gradient: mesh -> `Gradient`; its metrics hold `loss`, `correct`, `images` and `tokens`. forward: (params, batch) ->
+    gradient: mesh -> `Gradient`; its metrics hold `loss`, `correct`, `images` and `tokens`, and those of pairs
+    `unmatched`, images that were read and carry no loss; `images` are then those that do. forward: (params, batch) ->
     (logits_BKC or None, vectors of the images). forward_texts: (params, texts) -> vectors; None without a text tower.
     limit: what parameters are held to after an update. flops: useful ones of a training step over images, and texts, of
     these lengths.
     """
 
-    model: Any
     dtype: jnp.dtype
-    graph: Any
     shapes: dict
     init: Callable[[int], dict]
     gradient: Callable[[Mesh], Gradient]
@@ -59,11 +58,10 @@ def _supervised(config: ConfigDict, classes: int) -> Objective:
         logits_BKC, extra = navit.merge(graph, params)(batch.images)
         return logits_BKC, extra["pooled"]
 
-    gradient = supervised_gradient(graph, losses.make_loss(config.loss), config.optim.accumulate_steps)
+    hold = optim.hold(optim.frozen(config.optim, shapes))
+    gradient = supervised_gradient(graph, losses.make_loss(config.loss), config.optim.accumulate_steps, hold)
     return Objective(
-        model=model,
         dtype=model.compute_dtype,
-        graph=graph,
         shapes=shapes,
         init=partial(navit.init_params, model),
         gradient=lambda mesh: gradient,
@@ -74,14 +72,17 @@ def _supervised(config: ConfigDict, classes: int) -> Objective:
     )
 
 
-def supervised_gradient(graph: Any, loss: Callable, parts: int = 1) -> Gradient:
+def supervised_gradient(
+    graph: Any, loss: Callable, parts: int = 1, hold: Callable[[dict], dict] = lambda params: params
+) -> Gradient:
     """Of a loss that is a sum over images, so that rows can be taken in `parts` parts, one at a time in memory.
 
     Over several devices each part's gradients are summed over them: parts cost communication as well as save memory.
+    hold: `optim.hold`.
     """
 
     def sums(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
-        logits_BKC, _ = navit.merge(graph, params)(batch.images, key=key)
+        logits_BKC, _ = navit.merge(graph, hold(params))(batch.images, key=key)
         mask_BK = (batch.index >= 0) & (batch.labels.reshape(*batch.index.shape, -1).max(-1) >= 0)
         total, count = losses.masked_sum(loss(logits_BKC, batch.labels, mask_BK), mask_BK)
         correct, _ = losses.masked_sum(losses.correct_BK(logits_BKC, batch.labels), mask_BK)
@@ -110,53 +111,55 @@ def _slices(batch: Batch, parts: int) -> Batch:
 
 
 def _contrastive(config: ConfigDict, vocab_size: int) -> Objective:
-    if config.optim.accumulate_steps > 1:
-        raise UserError(
-            f"optim.accumulate_steps={config.optim.accumulate_steps} with a contrastive loss: its parts would see only "
-            "their own negatives, which is another loss than the whole step's. Set --config.optim.accumulate_steps=1 "
-            f"--config.contrastive.cache_parts={config.optim.accumulate_steps}: as little memory, the same gradient."
-        )
     model = contrastive.from_config(config, vocab_size=vocab_size)
     graph, shapes = contrastive.abstract(model)
+    frozen = optim.frozen(config.optim, shapes)
+    locked = optim.paths(dict(image=shapes["image"])) <= frozen
 
     def forward(params: dict, batch: Batch) -> tuple[None, jax.Array]:
         return None, navit.merge(graph, params).encode_images(batch.images)
 
+    def flops(images: np.ndarray, texts: np.ndarray) -> float:
+        spared = 2 * navit.flops_forward(model.image, images) if locked else 0.0  # no backward pass
+        return 3 * contrastive.flops_forward(model, images, texts) - spared
+
     return Objective(
-        model=model,
         dtype=model.image.compute_dtype,
-        graph=graph,
         shapes=shapes,
         init=partial(contrastive.init_params, model),
-        gradient=partial(contrastive_gradient, graph, config.contrastive),
+        gradient=partial(contrastive_gradient, graph, config.contrastive, hold=optim.hold(frozen)),
         forward=forward,
         forward_texts=lambda params, texts: navit.merge(graph, params).encode_texts(texts),
         limit=partial(contrastive.limit_scale, max_scale=config.contrastive.max_scale),
-        flops=lambda images, texts: 3 * contrastive.flops_forward(model, images, texts),
+        flops=flops,
     )
 
 
-def contrastive_gradient(graph: Any, cfg: ConfigDict, mesh: Mesh) -> Gradient:
+def contrastive_gradient(
+    graph: Any, cfg: ConfigDict, mesh: Mesh, hold: Callable[[dict], dict] = lambda params: params
+) -> Gradient:
     """Of a loss over all pairs of the step. With `cache_parts` the towers see the rows in parts, the loss all of them:
 
     vectors first, without what a backward pass needs; then the loss and the gradient of each vector; then each part
-    again, backwards from its vectors' gradients. Two forward passes instead of one, a part's memory, the same gradient.
+    again, backwards from its vectors' gradients. Two forward passes instead of one, a part's memory, the same gradient;
+    over several devices it is summed over them for each part. hold: `optim.hold`.
     Source: Gao et al. 2021 (GradCache, 2101.06983).
     """
     parts = cfg.cache_parts
 
     def encode(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        towers, keys = navit.merge(graph, params), jax.random.split(key)
+        towers, keys = navit.merge(graph, hold(params)), jax.random.split(key)
         return towers.encode_images(batch.images, key=keys[0]), towers.encode_texts(batch.pairs.texts, key=keys[1])
 
     def loss(params: dict, vectors: tuple, batch: Batch) -> tuple[jax.Array, dict]:
-        towers, pairs = navit.merge(graph, params), batch.pairs
+        towers, pairs = navit.merge(graph, hold(params)), batch.pairs
         ids = Ids(*(x.reshape(-1) for x in pairs[1:]))
         flat = (z.reshape(-1, z.shape[-1]) for z in vectors)
         total, found = contrastive_loss(
             *flat, ids, towers.scale(), towers.bias(), kind=cfg.loss, mesh=mesh, block=cfg.block
         )
-        return total, found | dict(loss=total, tokens=_tokens(batch))
+        unmatched = (batch.index >= 0).sum() - found["images"]
+        return total, found | dict(loss=total, tokens=_tokens(batch), unmatched=unmatched)
 
     def direct(params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
         return jax.grad(lambda p: loss(p, encode(p, batch, key), batch), has_aux=True)(params)

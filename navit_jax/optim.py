@@ -39,8 +39,7 @@ def make_optimizer(cfg: ConfigDict, params: Params, total_steps: int) -> tuple[o
     schedule = make_schedule(cfg, total_steps)
     decay = rule_values("weight_decay", cfg.weight_decay, params, 0.0)
     multipliers = rule_values("lr_multipliers", cfg.lr_multipliers, params, 1.0)
-    freeze = [(rule, 1.0) if isinstance(rule, str) else rule for rule in cfg.freeze]
-    trained = {path: 1.0 - value for path, value in rule_values("freeze", freeze, params, 0.0).items()}
+    trained = _trained(cfg, params)
     steps = [_keep_trained(trained)] if any(np.ndim(value) for value in trained.values()) else []
     steps += [_clip(cfg.clip_norm)] if cfg.clip_norm else []
     scales = {path: multipliers[path] * trained[path] for path in trained}
@@ -51,6 +50,29 @@ def make_optimizer(cfg: ConfigDict, params: Params, total_steps: int) -> tuple[o
     mask = jax.tree_util.tree_map_with_path(lambda path, _: bool(np.any(trained[name_of(path)])), params)
     frozen = jax.tree.map(lambda trains: not trains, mask)
     return optax.chain(optax.masked(tx, mask), optax.masked(_nothing(), frozen)), schedule
+
+
+def _trained(cfg: ConfigDict, params: Params) -> dict[str, Value]:
+    """1 for what trains, 0 for what `freeze` names."""
+    rules = [(rule, 1.0) if isinstance(rule, str) else rule for rule in cfg.freeze]
+    return {path: 1.0 - value for path, value in rule_values("freeze", rules, params, 0.0).items()}
+
+
+def frozen(cfg: ConfigDict, shapes: Params) -> set[str]:
+    """Paths of the parameters that are frozen whole."""
+    return {path for path, value in _trained(cfg, shapes).items() if not np.any(value)}
+
+
+def hold(names: set[str]) -> Callable[[Params], Params]:
+    """Cuts these parameters off from the gradient, which then is 0 and costs nothing to compute."""
+
+    def cut(params: Params) -> Params:
+        def one(path: tuple, p: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(p) if name_of(path) in names else p
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return cut
 
 
 def make_schedule(cfg: ConfigDict, total_steps: int) -> Schedule:
@@ -100,6 +122,11 @@ def ema_update(ema: Params, params: Params, decay: float) -> Params:
 def name_of(path: tuple) -> str:
     """A key path of jax as rules see it, such as `blocks/mlp/up/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def paths(params: Params) -> set[str]:
+    """All parameters as rules see them."""
+    return {name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def rule_values(name: str, rules: Iterable[tuple[str, Any]], params: Params, default: float) -> dict[str, Value]:

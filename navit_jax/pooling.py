@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from navit_jax.transformer import Dense, EncoderConfig, LayerNorm, Mlp
@@ -21,6 +22,15 @@ EXACT = jax.lax.Precision.HIGHEST
 def membership(segment_ids_BL: jax.Array, slots: int) -> jax.Array:
     """[B, K, L] bool: token l belongs to the segment of slot k (ids are 1..K)."""
     return segment_ids_BL[:, None, :] == jnp.arange(1, slots + 1)[None, :, None]
+
+
+def flops_pool(cfg: EncoderConfig, kind: str, lengths: np.ndarray) -> float:
+    """Useful matrix FLOPs (a multiply-add is 2) of pooling groups of these many tokens."""
+    width, tokens = cfg.width, lengths.sum()
+    if kind == "map":
+        each = 2 * (width**2 + 2 * width * cfg.mlp_dim)
+        return float(tokens * 2 * (width * cfg.heads + width**2 + width) + lengths.size * each)
+    return float(tokens * 2 * width) if kind == "mean" else 0.0
 
 
 def mean_pool(x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:

@@ -77,7 +77,7 @@ def check_rows(mesh: Mesh, count: int, field: str = "packing.rows_per_step", par
     """Raises UserError if `count` rows do not divide over the mesh, in `parts` equal parts of a step each."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * parts
     if count % ways:
-        in_parts = f" in optim.accumulate_steps={parts} parts" * (parts > 1)
+        in_parts = f" in {parts} parts (optim.accumulate_steps or contrastive.cache_parts)" * (parts > 1)
         raise UserError(
             f"{field}={count} does not divide over {ways // parts} devices (mesh data x fsdp = {mesh.shape['data']} x "
             f"{mesh.shape['fsdp']}){in_parts}. Set --config.{field}={-(-count // ways) * ways}."

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from input_pipeline.errors import UserError
 from navit_jax import checkpoint, sharding, train_step
+from navit_jax.compatibility import other_tokenizer
 
 
 class Start(NamedTuple):
@@ -33,17 +34,20 @@ def shapes(params: dict, tx: optax.GradientTransformation, ema: bool, mesh: Mesh
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like, places)
 
 
-def restore(checkpoints: checkpoint.Checkpoints, like: train_step.State, meta: dict | None) -> Start | None:
+def restore(checkpoints: checkpoint.Checkpoints, like: train_step.State, meta: dict, evaluate: bool) -> Start | None:
     """From the newest whole checkpoint; None where there is none.
 
-    meta: of this run, which the checkpoint's must allow to go on; None: anything (evaluation). Raises UserError.
+    meta: of this run, which the checkpoint's must allow to go on; to evaluate, only its tokenizer must be the same.
+    Raises UserError.
     """
 
     def check(found: dict) -> None:
-        if meta is not None:
+        if not evaluate:
             checkpoint.check_compatible(found, meta)
+        elif other := other_tokenizer(found, meta["data"]):
+            raise UserError(other)
 
-    found = checkpoints.restore_newest(like, check, read_only=meta is None)
+    found = checkpoints.restore_newest(like, check, read_only=evaluate)
     if found is None:
         return None
     step, state, meta_then = found
@@ -56,14 +60,19 @@ def fresh(
     init: Callable[[int], dict],
     tx: optax.GradientTransformation,
     shardings: train_step.State,
+    data: dict,
     whole: bool,
 ) -> Start:
-    """Step 0, `init(seed)` or from `config.init_from`; whole: the latter must bring every parameter, or UserError."""
+    """Step 0, `init(seed)` or from `config.init_from`.
+
+    data: this run's fingerprint. whole: the latter must bring every parameter, or UserError.
+    """
     params = functools.partial(init, config.seed)
     if config.init_from:
         params = jax.jit(params, out_shardings=shardings["params"])()
-        loaded, _ = checkpoint.restore_params(config.init_from)
+        loaded, meta_then = checkpoint.restore_params(config.init_from)
         params, notes = checkpoint.init_from(params, loaded)
+        notes += filter(None, [other_tokenizer(meta_then, data)])
         if notes and whole:
             raise UserError(f"--eval_only needs the whole model of {config.init_from}: {' '.join(notes)}")
         for note in [f"parameters from {config.init_from}", *notes]:

@@ -84,9 +84,4 @@ def flops_forward(cfg: TextConfig, lengths: Sequence[int] | np.ndarray) -> float
     Padding, masked logits and the tables are no use and not counted, as in `navit.flops_forward`.
     """
     n = np.asarray(lengths, np.float64)
-    texts, tokens, width = n.size, n.sum(), cfg.width
-    linear = 2 * (4 * width**2 + 2 * width * cfg.mlp_dim)
-    total = cfg.depth * (tokens * linear + 4 * width * np.square(n).sum())
-    if cfg.pool == "map":
-        total += tokens * 2 * (width * cfg.heads + width**2 + width) + texts * 2 * (width**2 + 2 * width * cfg.mlp_dim)
-    return float(total + (tokens * 2 * width if cfg.pool == "mean" else 0))
+    return transformer.flops_encode(cfg, n) + pooling.flops_pool(cfg, cfg.pool, n)

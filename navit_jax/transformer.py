@@ -222,6 +222,12 @@ def encode(
     return jax.lax.scan(layer, x_BLD, (params, keys, rates))[0]
 
 
+def flops_encode(cfg: EncoderConfig, lengths: np.ndarray) -> float:
+    """Useful matrix FLOPs (a multiply-add is 2) of the blocks over groups of these many tokens."""
+    linear = 2 * (4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_dim)
+    return float(cfg.depth * (lengths.sum() * linear + 4 * cfg.width * np.square(lengths).sum()))
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each value with probability `rate` and scales the others by 1 / (1 - rate); key None: returns x."""
     if key is None or rate == 0:

@@ -49,7 +49,8 @@ def draw(case, seed=0):
         example_N = np.where(np.isin(example_N, example_M), -1, example_N)
     if case == "empty":
         example_N, example_M = np.full(N, -1), np.full(M, -1)
-    ids = [example_N, example_M, *(np.where(e < 0, -1, number[e]) for e in (example_N, example_M))]
+    image = rng.integers(0, 30, N) if case in ("partly", "one text") else np.full(N, -1)
+    ids = [example_N, example_M, *(np.where(e < 0, -1, x[e]) for x in (number, image) for e in (example_N, example_M))]
     return unit(rng, N, E), unit(rng, M, E), Ids(*(x.astype(np.int32) for x in ids))
 
 
@@ -62,7 +63,8 @@ def reference(z_NE, z_ME, pairs, kind, scale=SCALE, bias=BIAS):
     both = valid_N[:, None] & valid_M
     same = both & (pairs.example_N[:, None] == pairs.example_M)
     equal = (pairs.number_N[:, None] == pairs.number_M) & (pairs.number_M >= 0)
-    other = both & ~same & ~equal
+    copies = (pairs.image_N[:, None] == pairs.image_M) & (pairs.image_M >= 0)
+    other = both & ~same & ~equal & ~copies
     x = scale * n @ m.T + bias * (kind == "sigmoid")
     top = np.where(other, x, -np.inf).max(1)
     correct = sum(x[i, same[i]].sum() > top[i] for i in np.flatnonzero(valid_N))
@@ -105,7 +107,7 @@ def compiled(kind, mesh, slots, block, width=E):
     """The step for as many images as texts."""
     z, ids = jax.ShapeDtypeStruct((slots, width), jnp.float32), jax.ShapeDtypeStruct((slots,), jnp.int32)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    return step(kind, mesh, block).lower(z, z, Ids(ids, ids, ids, ids), rate, rate).compile()
+    return step(kind, mesh, block).lower(z, z, Ids(*[ids] * 6), rate, rate).compile()
 
 
 def largest(text):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import navit_clip_quickstart
+from input_pipeline import stream
 from input_pipeline.errors import UserError
 from input_pipeline.sources import open_source
-from input_pipeline.sources.captions import CAPTION_FILES, check_share
+from input_pipeline.sources.captions import CAPTION_FILES
+from input_pipeline.sources.problems import check_share, report
 
 
 def picture(i: int) -> bytes:
@@ -66,7 +69,9 @@ def test_a_row_is_an_example(name, direct, tmp_path, caplog):
     assert source.class_names == () and all(source[i].label == -1 for i in range(4))
     assert source.describe(3) == source.describe(0) == f"{tmp_path}/1.png"
     assert source.head(1, 20) == picture(1)[:20] and source.known_sizes() is None
-    assert source.bad == 0 and source.listed == 4 and not caplog.records
+    assert source.problems.total() == 0 and source.listed == 4 and not caplog.records
+    numbers = source.image_numbers()
+    assert numbers.dtype == np.int32 and numbers[0] == numbers[3] and len(set(numbers.tolist())) == 3
     copy = pickle.loads(pickle.dumps(source))
     assert examples(copy) == examples(source) and copy.fingerprint() == source.fingerprint()
     with pytest.raises(IndexError):
@@ -91,7 +96,7 @@ def test_named_columns_and_classes(tmp_path):
     (tmp_path / "captions.csv").unlink()
     rows = [
         {"file_name": "1.png", "caption": ["a", "b"], "label": "zebra"},
-        {"file_name": "2.png", "caption": 7, "label": "ant"},
+        {"file_name": "2.png", "caption": "7", "label": "ant"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
     source = opened(tmp_path)
@@ -211,13 +216,16 @@ JSONL = rb"""{"file_name": "1.png", "text": "good one"}
 {"file_name": "1.png", "text": "half an emoji \ud83d"}
 {"file_name": "5.png", "text": "spread over\ntwo lines"}
 
+{"file_name": "1.png", "text": {"raw": "a dict"}}
+{"file_name": "1.png", "text": 7}
+{"file_name": "1.png", "text": NaN}
 {"file_name": "1.png", "text": "good two"}
 """
 WANTED = {
     "csv": (CSV, {"malformed rows": 2, "rows that are not UTF-8": 1, "rows without text": 2}),
     "jsonl": (
         JSONL + b'{"file_name": "2.png", "text": "caf\xe9"}\n',
-        {"malformed rows": 3, "rows that are not UTF-8": 2, "rows without text": 2},
+        {"malformed rows": 6, "rows that are not UTF-8": 2, "rows without text": 2},
     ),
 }
 
@@ -228,22 +236,30 @@ def test_each_kind_of_bad_input_is_counted_and_listed(ending, tmp_path, caplog):
     content, wanted = WANTED[ending]
     (tmp_path / f"captions.{ending}").write_bytes(content)
     source = opened(tmp_path)
+    report(source, "folder=X")
     assert [source.text(i) for i in range(len(source))] == ["good one", "spread over\ntwo lines", "good two"]
     lonely = 4  # 2, 3, 4 and 6
     both = {"equal rows": 2, "captions whose image does not exist": 1, "images without a caption": lonely}
     assert source.problems.counts == wanted | both
-    assert source.bad == sum(source.problems.counts.values()) and source.listed == source.bad + 3
-    assert f"{tmp_path}/captions.{ending}: 1 captions whose image does not exist: gone.png" in caplog.text
+    assert source.listed == sum(source.problems.counts.values()) + 3
+    if ending == "jsonl":
+        listed = source.problems.first["malformed rows"][-3:]
+        assert (
+            listed[0] == "line 13: the text is a dict of raw: expected a string"
+            and "line 14: the text is 7" in listed[1]
+        )
+    assert "folder=X: 1 captions whose image does not exist: gone.png" in caplog.text
     assert "4 images without a caption: 2.png, 3.png, 4.png, 6.png" in caplog.text
     assert "2 equal rows: line" in caplog.text and "line 2" not in caplog.text.replace("line 2 (2.png)", "")
-    assert len(caplog.records) == len(source.problems.counts)
+    assert caplog.messages[-1] == "folder=X: 1 of 2 images have several texts, and are as many examples"
+    assert len(caplog.records) == len(source.problems.counts) + 1
 
 
 def test_only_ten_of_a_kind_are_listed(tmp_path, caplog):
     write(tmp_path, ["0.png"])
     rows = [("0.png", "here"), *((f"gone{i:02}.png", "text") for i in range(25))]
     (tmp_path / "captions.csv").write_bytes(lines(rows, "csv"))
-    opened(tmp_path)
+    report(opened(tmp_path), "folder=X")
     (record,) = caplog.records
     assert "25 captions whose image does not exist: gone00.png" in record.getMessage()
     assert "gone09.png, ..." in record.getMessage() and "gone10" not in record.getMessage()
@@ -252,9 +268,9 @@ def test_only_ten_of_a_kind_are_listed(tmp_path, caplog):
 def test_a_named_file_may_leave_images_out(tmp_path):
     write(tmp_path, ["1.png", "2.png"])
     (tmp_path / "train.csv").write_bytes(lines([("1.png", "one")], "csv"))
-    assert opened(f"{tmp_path}/train.csv").bad == 0
+    assert opened(f"{tmp_path}/train.csv").problems.total() == 0
     (tmp_path / "captions.csv").write_bytes(lines([("1.png", "one")], "csv"))
-    assert opened(tmp_path).bad == 1
+    assert opened(tmp_path).problems.total() == 1
 
 
 def test_above_the_share_the_run_stops(tmp_path):
@@ -263,9 +279,7 @@ def test_above_the_share_the_run_stops(tmp_path):
     (tmp_path / "captions.csv").write_bytes(lines(rows, "csv"))
     source = opened(f"{tmp_path}/captions.csv")
     check_share(source, "folder=X", 0.1)
-    with pytest.raises(
-        UserError, match=r"1 of 10 rows and images in folder=X.*max_bad_share=0.09: 1 rows without text"
-    ):
+    with pytest.raises(UserError, match=r"1 of 10 rows and files in folder=X.*max_bad_share=0.09: 1 rows without text"):
         check_share(source, "folder=X", 0.09)
     check_share(open_source("digits", "train"), "digits", 0.0)
 
@@ -310,3 +324,17 @@ def test_settings_that_do_not_fit(tmp_path):
         opened(tmp_path, multi_label=True)
     with pytest.raises(UserError, match="No such file.*expected a captions file"):
         opened(f"{tmp_path}/nothing.csv")
+
+
+def test_an_image_with_several_captions_is_evaluated_once(tmp_path):
+    names = [f"{i}.png" for i in range(4)]
+    write(tmp_path, names)
+    rows = [(name, f"caption {k} of {name}") for k in range(3) for name in names]
+    (tmp_path / "captions.csv").write_bytes(lines(rows, "csv"))
+    config = navit_clip_quickstart.get_config(f"folder={tmp_path}")
+    config.data.update(eval_source=config.data.source, label_field="")
+    images = stream.open_images(config, "eval")
+    (loader,) = stream.eval_loaders(config, [(images, 9, None)])
+    seen = [i for batch, _ in loader for i in batch.index[batch.index >= 0].tolist()]
+    assert len(images.sizes) == 12 and len(seen) == 4
+    assert sorted(images.source.describe(i).rsplit("/")[-1].split()[0][:5] for i in seen) == names

@@ -12,7 +12,7 @@ from test_checkpoint import assert_same, make_params
 from configs import base
 from input_pipeline.errors import UserError
 from navit_jax.checkpoint import check_compatible, init_from
-from navit_jax.compatibility import to_json
+from navit_jax.compatibility import other_tokenizer, to_json
 
 
 def test_fine_tuning_takes_old_values_and_keeps_a_new_head():
@@ -79,10 +79,19 @@ def test_two_towers_start_from_two_whole():
     params, notes = init_from(new, old)
     assert_same(params, old)
     assert notes == []
-    with pytest.raises(UserError, match=r"logit_bias: \[\] here, missing in the checkpoint(.|\n)*config.contrastive"):
-        init_from(two_towers(0, logit_bias=jnp.zeros(())), old)
+    biased, notes = init_from(two_towers(0, logit_bias=jnp.full((), -10.0)), old)
+    assert float(biased.pop("logit_bias")) == -10 and "bias of the logits starts anew" in notes[0]
+    assert_same(biased, old)
     with pytest.raises(UserError, match=r"text/table: \[4, 5\] in the checkpoint, \[9, 5\] here"):
         init_from(new, old | dict(text=dict(table=np.zeros((4, 5), np.float32))))
+
+
+def test_another_tokenizer_is_noticed():
+    old = dict(data=dict(source="a", tokenizer="bytes"))
+    assert other_tokenizer(old, dict(tokenizer="bytes")) == "" == other_tokenizer(dict(data={}), dict(tokenizer="x"))
+    assert "bytes" in other_tokenizer(old, dict(tokenizer="spm 12")) and "config.text" in other_tokenizer(
+        old, dict(tokenizer="spm 12")
+    )
 
 
 def test_an_image_tower_of_other_sizes_is_refused_by_name_both_ways():

@@ -95,6 +95,59 @@ def test_every_wrong_field_is_named_at_once():
         assert words in str(error.value)
 
 
+def contrastive():
+    config = base.get_config()
+    config.objective = "contrastive"
+    return config
+
+
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("optim.accumulate_steps", 2, r"only their own negatives.*cache_parts=2"),
+        ("text.pool", "first", "text.pool is 'first'; expected last, map or mean"),
+        ("contrastive.embed_dim", 0, "contrastive.embed_dim is 0; expected 1 or more"),
+        ("contrastive.init_scale", 101.0, "contrastive.init_scale is 101.0; expected above 0, to .*max_scale=100"),
+        ("contrastive.init_scale", 0.0, "contrastive.init_scale is 0.0"),
+        ("contrastive.max_scale", 9.0, "contrastive.init_scale is 10.0; .*max_scale=9"),
+        ("loss.label_smoothing", 0.1, "loss.label_smoothing is 0.1; expected 0"),
+        ("eval.prompts", "/no/such/file.txt", "eval.prompts is '/no/such/file.txt'; expected a file that exists"),
+        ("data.source", "tfds=imagenet2012", "has labels and no texts"),
+        ("best_metric", "eval/top1@256", "a score of this objective, contrastive, such as retrieval/t2i_r1@256"),
+    ],
+)
+def test_what_a_contrastive_run_cannot_do_is_refused_before_anything_is_read(name, value, message):
+    config = contrastive()
+    checks.check(config)
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=message):
+        checks.check(config)
+    config.objective = "supervised"
+    if not name.startswith(("text.", "contrastive.")):
+        checks.check(config)
+
+
+def test_best_metrics_are_those_of_the_objective(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a {}")
+    ours = {
+        "supervised": ["eval/top1@64", "eval/map@256"],
+        "contrastive": ["retrieval/i2t_r5@128", "retrieval/t2i_r10@64", "zeroshot/top5@256"],
+    }
+    config = base.get_config()
+    config.eval.update(prompts=str(tmp_path / "prompts.txt"), fewshot_shots=(10,))
+    for config.objective in ours:
+        for objective, names in ours.items():
+            for config.best_metric in [*names, "fewshot/top1@10shot"]:
+                if objective == config.objective or "fewshot" in config.best_metric:
+                    checks.check(config)
+                    continue
+                with pytest.raises(UserError, match=f"best_metric is .*{config.objective}, such as"):
+                    checks.check(config)
+        for config.best_metric in ("eval/top1@9", "retrieval/t2i_r2@64", "zeroshot/top1", "fewshot/top1@5shot"):
+            with pytest.raises(UserError, match="best_metric is"):
+                checks.check(config)
+
+
 def test_counted_classes_may_end_earlier_in_the_held_out_set():
     def images(*names):
         return stream.Images(type("Source", (), {"class_names": names})(), np.ones((1, 2)), len(names))

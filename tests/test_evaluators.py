@@ -1,6 +1,7 @@
 """Promises of the evaluators: every image once, scores equal to other formulas, one compile, honest failures."""
 
 import csv
+import dataclasses
 from functools import partial
 
 import jax
@@ -108,9 +109,9 @@ def test_predictions_come_once_and_in_the_order_of_the_source():
         found = classification.predictions(
             table_forward(logits), None, stream.eval_loader(config, images, budget), same, num_classes=7
         )
-        assert found.index.tolist() == list(range(40)) and found.labels.tolist() == labels
+        assert found.seen.index.tolist() == list(range(40)) and found.seen.labels.tolist() == labels
         assert found.predicted.tolist() == logits.argmax(1).tolist()
-        assert found.tokens.max() <= budget and found.tokens.min() >= 1
+        assert found.seen.tokens.max() <= budget and found.seen.tokens.min() >= 1
 
 
 def test_unreadable_headers_are_skipped_and_counted():
@@ -249,22 +250,35 @@ def test_shots_are_of_their_class_and_only_the_seed_chooses_them():
     labels = np.concatenate([np.arange(4), rng.integers(-1, 4, 3000)]).tolist()
     images = open_images(Labelled(labels, 4))
     images.sizes[::7] = 0
-    a, again, b = (shots.choose_shots(images, 6, seed) for seed in (0, 0, 1))
+    a, again, b = (shots.choose_shots(images, images, 6, seed) for seed in (0, 0, 1))
     assert a.shape == (4, 6) and np.array_equal(a, again) and not np.array_equal(a, b)
     assert all(labels[i] == c for c in range(4) for i in a[c]) and len(np.unique(a)) == 24
     assert not (a % 7 == 0).any()
-    assert np.array_equal(shots.choose_shots(images, 2, 0), a[:, :2])
+    assert np.array_equal(shots.choose_shots(images, images, 2, 0), a[:, :2])
 
 
 def test_a_class_with_too_few_images_is_named():
     images = open_images(Labelled([0] * 20 + [1] * 3, 2))
     with pytest.raises(UserError, match="'class1' has 3"):
-        shots.choose_shots(images, 5, 0)
+        shots.choose_shots(images, images, 5, 0)
 
 
 def test_shots_of_multi_label_data_are_refused():
     with pytest.raises(UserError, match="multi"):
-        shots.choose_shots(open_images(Labelled([(0, 1), (1,), ()] * 5, 2)), 1, 0)
+        images = open_images(Labelled([(0, 1), (1,), ()] * 5, 2))
+        shots.choose_shots(images, images, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "train, held_out", [((), ()), ((), ("cat", "dog")), (("0", "1"), ()), (("a", "b"), ("b", "a"))]
+)
+def test_a_probe_without_the_same_classes_on_both_sides_is_refused(train, held_out):
+    """Also where the objective needs none: texts are there."""
+    images, others = (open_images(Labelled([0, 1] * 5, 2)) for _ in range(2))
+    images.source.class_names, others.source.class_names = train, held_out
+    images = dataclasses.replace(images, texts=object())
+    with pytest.raises(UserError, match="data.label_field"):
+        shots.choose_shots(images, others, 1, 0)
 
 
 def test_probe_reads_features_and_nothing_else():
@@ -275,10 +289,10 @@ def test_probe_reads_features_and_nothing_else():
     train, held_out = open_images(Labelled(labels, 3, broken=(4,))), open_images(Labelled(labels, 3, seed=9))
     config, mesh = make_config(), sharding.make_mesh()
     config.eval.rows_per_step = jax.device_count()
-    chosen_CS = shots.choose_shots(train, 5, config.seed)
+    chosen_CS = shots.choose_shots(train, held_out, 5, config.seed)
     wanted = [(train, 16, np.sort(chosen_CS.ravel())), (held_out, 16, None)]
     put = partial(sharding.put, mesh, count=stream.eval_rows(config))
-    options = dict(chosen_CS=chosen_CS, shots=(5, 1), num_classes=3, ridge=1.0)
+    options = dict(chosen_CS=chosen_CS, shots=(5, 1), ridge=1.0)
     forward = table_forward(np.zeros((60, 3)), jnp.asarray(good))
     got = fewshot.run(forward, None, *stream.eval_loaders(config, wanted), put, **options)
     assert got == {"fewshot/top1@1shot": 1.0, "fewshot/top1@5shot": 1.0}

@@ -75,7 +75,7 @@ def test_rows_that_do_not_divide_are_refused_with_the_next_number_that_does():
     sharding.check_rows(mesh_of(2, 4, 2), 16, parts=2)
     with pytest.raises(UserError, match=r"rows_per_step=12 .*8 devices .*2 x 4.*rows_per_step=16"):
         sharding.check_rows(mesh_of(2, 4, 2), 12)
-    with pytest.raises(UserError, match=r"accumulate_steps=3 parts.*rows_per_step=24"):
+    with pytest.raises(UserError, match=r"in 3 parts .*accumulate_steps.*rows_per_step=24"):
         sharding.check_rows(mesh_of(2, 4, 1), 16, parts=3)
     with pytest.raises(UserError, match=r"eval\.rows_per_step=3 "):
         sharding.check_rows(mesh_of(2, 1, 1), 3, "eval.rows_per_step")
@@ -199,7 +199,7 @@ def test_a_new_state_lies_where_it_should_and_is_the_one_that_init_gives():
     tx, _ = optim.make_optimizer(config.optim, shapes, 10)
     like = start.shapes(shapes, tx, True, sharding.make_mesh())
     init = partial(navit.init_params, model)
-    state = start.fresh(config, init, tx, jax.tree.map(lambda leaf: leaf.sharding, like), whole=False).state
+    state = start.fresh(config, init, tx, jax.tree.map(lambda leaf: leaf.sharding, like), {}, whole=False).state
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.sharding == wanted.sharding
     for a, b, c in zip(*map(jax.tree.leaves, (navit.init_params(model, config.seed), state["params"], state["ema"]))):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import base
+from input_pipeline import stream
 from input_pipeline.decode import decode, header_size
 from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.sources import Record, open_source, tar
@@ -768,7 +770,7 @@ def test_a_named_text_field_of_tfds(tmp_path):
     assert source.text(3) == "text 3"
     with pytest.raises(UserError, match="no field 'caption', only boxes, image, label, text: set data.text_field"):
         open_source(f"tfds={tmp_path}/tiny/1.0.0", "train", text_field="caption")
-    with pytest.raises(UserError, match="the text is a dict of box: expected a string"):
+    with pytest.raises(DecodeError, match="the text is a dict of box: expected a string"):
         open_source(f"tfds={tmp_path}/tiny/1.0.0", "train", text_field="boxes").text(0)
 
 
@@ -784,7 +786,54 @@ def test_a_txt_file_is_preferred_to_the_json_unless_a_field_is_named(tmp_path):
     assert plain[1].data == picture(1)
     named = open_source(spec, "train", text_field="text", hold_out=False)
     assert [named.text(0), named.text(1)] == ["one", ""]
-    assert open_source(spec, "train", text_field="n", hold_out=False).text(0) == "7"
+    with pytest.raises(DecodeError, match="the text is 7: expected a string"):
+        open_source(spec, "train", text_field="n", hold_out=False).text(0)
+
+
+def test_tar_texts_without_an_image_and_doubled_names_are_counted(tmp_path, caplog):
+    good = [part for i in range(20) for part in ((f"{i}.png", picture(i)), (f"{i}.txt", b"text %d" % i))]
+    stray = [("x.txt", b"stray"), ("y.json", b'{"caption": "stray"}'), ("meta.json", b'{"n": 3}'), ("bad.json", b"{")]
+    write_tar(tmp_path / "a.tar", [*good, *stray, ("odd.json", b"[1]"), ("z.cls", b"1")])
+    write_tar(tmp_path / "b.tar", [*good, ("3.txt", b"another"), ("4.PNG", picture(40))])
+    for _ in range(2):  # from the index in the cache as well
+        source = open_source(f"tar={tmp_path}/*.tar", "train", hold_out=False)
+        assert source.problems.counts == {tar.NO_IMAGE: 2, tar.DOUBLED: 2} and source.listed == 44
+        assert source.problems.first[tar.NO_IMAGE] == [f"{tmp_path}/a.tar:x", f"{tmp_path}/a.tar:y"]
+        assert source.problems.first[tar.DOUBLED] == [f"{tmp_path}/b.tar:3.txt", f"{tmp_path}/b.tar:4.PNG"]
+        assert len(source) == 40 and source.text(23) == "another" and source[24].data == picture(40)
+    config = base.get_config()
+    config.data.update(source=f"tar={tmp_path}/*.tar", label_field="", max_bad_share=0.05)
+    assert len(stream.open_images(config, "train").sizes)
+    assert f"2 {tar.NO_IMAGE}: {tmp_path}/a.tar:x, {tmp_path}/a.tar:y" in caplog.text
+    config.objective = "contrastive"
+    with pytest.raises(UserError, match=r"4 of 44 rows and files in tar=.*2 texts without an image: .*a\.tar:x"):
+        stream.open_images(config, "train")
+    config.data.max_bad_share = 0.1
+    assert stream.open_images(config, "train").texts is not None
+
+
+def test_only_the_first_ten_of_all_shards_are_listed(tmp_path):
+    for k in range(3):
+        stray = [(f"{k}{i}.txt", b"stray") for i in range(6)]
+        write_tar(tmp_path / f"{k}.tar", [(f"p{k}.png", picture(k)), *stray])
+    problems = open_source(f"tar={tmp_path}/*.tar", "train", hold_out=False).problems
+    assert problems.total() == 18
+    assert problems.first[tar.NO_IMAGE] == [f"{tmp_path}/{k}.tar:{k}{i}" for k in range(2) for i in range(6)][:10]
+
+
+def test_a_text_that_is_no_string_in_a_tars_json_is_missing_alone(tmp_path):
+    texts = [b'{"text": {"raw": "x"}}', b'{"text": 7}', *(b'{"text": "%d"}' % i for i in range(8))]
+    write_tar(
+        tmp_path / "s.tar",
+        [part for i, text in enumerate(texts) for part in ((f"{i}.png", picture(i)), (f"{i}.json", text))],
+    )
+    config = base.get_config()
+    config.data.update(source=f"tar={tmp_path}/s.tar", eval_source="digits", label_field="", max_bad_share=0.2)
+    config.objective = "contrastive"
+    assert stream.open_images(config, "train").texts.missing.tolist() == [0, 1]
+    config.data.max_bad_share = 0.1
+    with pytest.raises(UserError, match="2 of 10 images in tar=.*have no caption that can be used"):
+        stream.open_images(config, "train")
 
 
 def test_the_first_of_several_captions_is_the_text(tmp_path):

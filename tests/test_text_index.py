@@ -11,7 +11,7 @@ from input_pipeline import size_index
 from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.sources import open_source
 from input_pipeline.text import encode, open_tokenizer
-from input_pipeline.text_index import check_missing, read_texts
+from input_pipeline.text_index import check_distinct, check_missing, read_texts
 
 BYTES = open_tokenizer("bytes")
 
@@ -160,7 +160,14 @@ def test_what_is_missing_or_cut_is_logged(tmp_path, caplog):
     read(Captions(texts), tmp_path)
     messages = [record.getMessage() for record in caplog.records]
     assert messages[:10] == [f"no text, left out: image {i} (missing or empty)" for i in range(2, 12)]
-    assert messages[10:] == ["13 of 16 images have no text", "2 of 16 texts are longer than 12 tokens and are cut"]
+    assert messages[10:] == [
+        "13 of 16 images have no text",
+        *(f"text is cut: image {i}" for i in (0, 15)),
+        "2 of 16 texts are longer than 12 tokens and are cut",
+    ]
+    caplog.clear()
+    read(Captions(["y" * 12] * 11, name="eleven"), tmp_path)
+    assert len(caplog.records) == 11 and "image 10" not in caplog.text
     caplog.clear()
     read(Captions([DecodeError("no"), OSError("no"), "fine"]), tmp_path)
     assert "image 0 (unreadable)" in caplog.text and "image 1 (unreachable)" in caplog.text
@@ -175,6 +182,19 @@ def test_above_the_share_the_run_stops(tmp_path):
     none = Captions(["", ""])
     with pytest.raises(UserError, match="folder=X has no captions, .*data.text_field names .*captions.csv"):
         check_missing(read(none, tmp_path), none, "folder=X", 1.0)
+    broken = Captions([DecodeError("the text is a dict of raw"), ""], name="broken")
+    with pytest.raises(UserError, match="hf=X has no captions, .* the text is a dict of raw"):
+        check_missing(read(broken, tmp_path), broken, "hf=X", 1.0)
+
+
+def test_texts_that_are_all_equal_are_refused(tmp_path):
+    beginning = "a photo of "
+    for texts in ([beginning + "cats", beginning + "dogs", ""], ["same"] * 3):
+        found = read(Captions(texts, name=texts[0]), tmp_path)
+        with pytest.raises(UserError, match=r"all [23] texts in tar=X are equal.*max_tokens=12.*text_field"):
+            check_distinct(found, "tar=X", 12)
+    for texts in (["one", "", "two", "one"], ["alone", ""]):
+        check_distinct(read(Captions(texts, name="fine" + texts[0]), tmp_path), "tar=X", 12)
 
 
 def test_the_embedded_sets_have_texts(tmp_path):
@@ -239,7 +259,7 @@ def test_a_text_that_one_process_cannot_reach_keeps_all_from_writing(tmp_path):
 
 def test_only_the_first_process_logs(tmp_path, caplog):
     together([Captions(["one", "", "x" * 30]) for _ in range(3)], [tmp_path] * 3)
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 4 and caplog.messages[-2] == "text is cut: image 2"
 
 
 def test_processes_with_other_data_or_another_tokenizer_are_told_so_in_all_of_them(tmp_path):

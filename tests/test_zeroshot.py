@@ -6,6 +6,7 @@ import logging
 import tomllib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluators import Labelled, make_config, open_images, same, table_forward
 
-from input_pipeline import stream, text
+from input_pipeline import stream, text, text_index
 from input_pipeline.errors import UserError
 from input_pipeline.pairing import text_batches
 from input_pipeline.sources import embedded, shapes
-from navit_jax.evaluators import classification, texts, zeroshot
+from navit_jax.evaluators import classification, outputs, suite, texts, zeroshot
 
 SETS = dict(shapes=shapes.ShapesSource, digits=embedded.DigitsSource, photos=embedded.PhotosSource)
 TOKENIZE = partial(zeroshot.tokenize, tokenizer=text.open_tokenizer("bytes"), max_tokens=64, lower=True)
@@ -96,9 +97,10 @@ def zero_shot(logits_scale=7.0, bias=-3.0, kind="softmax", workdir=None, budgets
     config, images = make_config(), open_images(Labelled(labels, 7, broken=(5,)))
     loaders = dict(zip(budgets, stream.eval_loaders(config, [(images, budget, None) for budget in budgets])))
     kinds = dict(num_classes=7, probabilities=kind)
+    forward = lambda params, batch: (None, z[batch.index])  # noqa: E731
     got = zeroshot.run(
-        lambda params, batch: (None, z[batch.index]),
-        *(text_tower, None, loaders, same, ids),
+        {budget: outputs.vectors(forward, None, loader, same) for budget, loader in loaders.items()},
+        *(text_tower, None, same, ids),
         **(kinds | dict(scale=logits_scale, bias=bias, multi_label=False, rows=2, workdir=workdir)),
     )
     logits = (logits_scale * z.astype(np.float64) @ classes_CE.T + bias).astype(np.float32)
@@ -194,3 +196,66 @@ def test_cut_prompts_are_said(caplog):
         ids = TOKENIZE(["a b", "c" * 64, "d" * 63, "e" * 90])
     assert [len(of_one) for of_one in ids] == [4, 64, 64, 64]
     assert "2 of 4" in caplog.text and "cccc" in caplog.text
+
+
+PARAMS = dict(logit_scale=np.log(5.0), logit_bias=np.array(-2.0))
+
+
+def contrastive(workdir, *, texts=True, names=None, prompts="", files=None, source="shapes"):
+    """(the evaluations of 40 images of 6 classes, how often the image tower was asked, the images, the loaders)."""
+    config, rng, calls = make_config(source=source), np.random.default_rng(3), []
+    config.eval.update(prompts=prompts, token_budgets=(4, 16))
+    config.objective = "contrastive"
+    images = open_images(Labelled([i % 6 for i in range(40)], 6, broken=(5,)))
+    images.source.class_names = shapes.ShapesSource("train").class_names if names is None else names
+    ids = random_ids(rng, 40)
+    starts = np.cumsum([0, *map(len, ids)])
+    found = text_index.Texts(np.concatenate(ids), starts, np.arange(40), 0) if texts else None
+    held_out = SimpleNamespace(source=images.source, texts=found, files=files, tokenizer=text.open_tokenizer("bytes"))
+    loaders = dict(zip((4, 16), stream.eval_loaders(config, [(images, budget, None) for budget in (4, 16)])))
+    z = rng.normal(size=(40, 6)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+
+    def forward(params, batch):
+        calls.extend(batch.index[batch.index >= 0].tolist())
+        return None, z[batch.index]
+
+    place = suite.Place(same, 2, (0, 1), workdir)
+    return suite.contrastive(config, forward, text_tower, loaders, held_out, place), calls, config, held_out
+
+
+def steady(scores):
+    return {name: value for name, value in scores.items() if "per_s" not in name}
+
+
+@pytest.mark.parametrize("files", [None, np.arange(40, dtype=np.int32) // 2])
+def test_both_scores_come_of_one_pass_a_budget(tmp_path, files):
+    found, calls, _, _ = contrastive(tmp_path, files=files)
+    (evaluation,) = found
+    both = steady(evaluation(PARAMS))
+    assert sorted(calls) == sorted(2 * [i for i in range(40) if i != 5])
+    retrieval_alone = steady(contrastive(tmp_path, files=files, prompts="none")[0][0](PARAMS))
+    zero_shot_alone = steady(contrastive(tmp_path, texts=False)[0][0](PARAMS))
+    assert both == retrieval_alone | zero_shot_alone
+    assert both["retrieval/images"] == (39 if files is None else 20) and both["zeroshot/images"] == 39
+
+
+def test_what_is_evaluated_decides_the_best_checkpoint(tmp_path):
+    for paired, expected in ((True, "retrieval/t2i_r1"), (False, "zeroshot/top1")):
+        (evaluation,), _, config, held_out = contrastive(tmp_path, texts=paired)
+        metric = suite.default_metric(config, held_out)
+        assert metric == expected and f"{metric}@16" in evaluation(PARAMS)
+    config.objective = "supervised"
+    assert suite.default_metric(config, held_out) == "eval/top1"
+    config.data.multi_label = True
+    assert suite.default_metric(config, held_out) == "eval/map"
+
+
+@pytest.mark.parametrize(
+    "texts, names, prompts, source",
+    [(True, (), "mine.txt", "shapes"), (False, (), "", "shapes"), (False, ("a",), "", "folder=x")],
+)
+def test_what_cannot_be_evaluated_names_the_field_of_the_classes(tmp_path, texts, names, prompts, source):
+    (tmp_path / "mine.txt").write_text("a {}")
+    with pytest.raises(UserError, match="data.label_field"):
+        contrastive(tmp_path, texts=texts, names=names, prompts=prompts and str(tmp_path / prompts), source=source)

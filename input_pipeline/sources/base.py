@@ -29,7 +29,9 @@ class Record(NamedTuple):
 class Source(Protocol):
     """Random access to records; thread-safe, picklable, and cheap: `source[i]` reads bytes and decodes nothing.
 
-    A source may also have `head(i, num_bytes)`, the first bytes of an image, where they can be read alone.
+    A source may also have `head(i, num_bytes)`, the first bytes of an image, where they can be read alone;
+    `image_numbers()`, [N] int32, where several records may be one image with other texts: equal for those; and
+    `problems` (`sources.problems`), what its files hold that cannot be used, among `listed` things.
     `source[i]` raises OSError or DecodeError where one image cannot be had, IndexError beyond the end.
     """
 
@@ -132,17 +134,19 @@ def to_label(value: object, multi_label: bool, classes: int, where: str) -> int 
 def to_text(value: object, where: str) -> str:
     """A caption from UTF-8 bytes, a string, a sequence of them (the first), or a dict with a text or caption of these.
 
-    Raises DecodeError for other bytes, UserError for a dict with neither.
+    Raises DecodeError for other bytes, a dict with neither, and what else is no text.
     """
     if isinstance(value, list | tuple | np.ndarray):
         return to_text(value[0], where) if len(value) else ""
     if isinstance(value, dict):
         name = next((name for name in TEXT_FIELDS if name in value), None)
         if name is None:
-            raise UserError(f"{where}: the text is a dict of {', '.join(map(str, value))}: expected a string")
+            raise DecodeError(f"{where}: the text is a dict of {', '.join(map(str, value))}: expected a string")
         return to_text(value[name], where)
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
     if not isinstance(value, bytes):
-        return "" if value is None else str(value).strip()
+        raise DecodeError(f"{where}: the text is {value!r:.40}: expected a string")
     try:
         return value.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -5,7 +5,6 @@ cannot be what it is named for, without its columns or in another encoding, alwa
 run starts, as a caption that is missed at step 90 000 is missed too late.
 """
 
-import collections
 import csv
 import io
 import json
@@ -13,11 +12,11 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from input_pipeline.errors import UserError
+from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.sources.base import to_text
+from input_pipeline.sources.problems import Problems
 from input_pipeline.sources.records import Fields
 
-LISTED = 10  # of each kind of bad input
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 ENCODING = "expected UTF-8: save it as UTF-8 (in Excel: CSV UTF-8)"
 MALFORMED, UNDECODABLE, EMPTY, EQUAL = "malformed rows", "rows that are not UTF-8", "rows without text", "equal rows"
@@ -29,26 +28,6 @@ class Row(NamedTuple):
     file_name: str
     text: str
     label: str
-
-
-class Problems:
-    """Bad input by kind: how often, and the first few of each, to be listed."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.first: dict[str, list[str]] = collections.defaultdict(list)
-
-    def add(self, kind: str, what: str) -> None:
-        self.counts[kind] += 1
-        if len(self.first[kind]) < LISTED:
-            self.first[kind].append(what)
-
-    def lines(self) -> list[str]:
-        """One a kind, with the first few."""
-        return [
-            f"{count} {kind}: {', '.join(self.first[kind])}{', ...' if count > LISTED else ''}"
-            for kind, count in self.counts.items()
-        ]
 
 
 def read_rows(data: bytes, name: str, fields: Fields) -> tuple[list[Row], Problems]:
@@ -64,7 +43,12 @@ def read_rows(data: bytes, name: str, fields: Fields) -> tuple[list[Row], Proble
     text = _text_column(columns, name, fields, problems)
     rows, seen = [], set()
     for line, found in records:
-        file_name, caption = _string(found.get("file_name")), to_text(found.get(text), f"{name}, line {line}")
+        try:
+            caption = to_text(found.get(text), f"line {line}")
+        except DecodeError as error:
+            problems.add(MALFORMED, str(error))
+            continue
+        file_name = _string(found.get("file_name"))
         label = _string(found.get(fields.label)) if fields.label else ""
         if not file_name:
             problems.add(MALFORMED, f"line {line} (no file_name)")

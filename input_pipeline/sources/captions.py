@@ -17,7 +17,7 @@ from input_pipeline.sources.caption_file import Row, read_rows
 from input_pipeline.sources.files import IMAGE_ENDINGS, SPLITS, FolderSource
 from input_pipeline.sources.records import Fields
 
-VERSION = 1  # raise when other rows of a captions file are used
+VERSION = 2  # raise when other rows of a captions file are used
 CAPTION_FILES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")  # the first that is there
 NO_IMAGE, NO_CAPTION = "captions whose image does not exist", "images without a caption"
 
@@ -40,25 +40,12 @@ def open_folder(path: str, split: str, fields: Fields, hold_out: bool = True) ->
     return FolderSource(path, split, hold_out)
 
 
-def check_share(source: Source, where: str, max_share: float) -> None:
-    """Raises UserError where more than this share of a captions file and its images is bad; `where` names the source.
-
-    Sources of other kinds have no such count and pass.
-    """
-    if isinstance(source, CaptionsSource) and source.bad > max_share * source.listed:
-        raise UserError(
-            f"{source.bad} of {source.listed} rows and images in {where} cannot be used, above "
-            f"data.max_bad_share={max_share:g}: {'; '.join(source.problems.lines())}. Correct them or raise "
-            "--config.data.max_bad_share."
-        )
-
-
 class CaptionsSource:
     """Images of a folder by the rows of its captions file; see `input_pipeline.sources.base.Source`.
 
     part: all, kept or held out (a hash of the file name, so all captions of an image fall on one side). subset: whether
-    the file may leave images out on purpose. Bad rows, and images without one, are left out and logged;
-    `bad` counts them, of `listed`.
+    the file may leave images out on purpose. Bad rows, and images without one, are left out; `problems` has them, of
+    `listed` rows and images.
     """
 
     def __init__(self, root: str, name: str, part: str, fields: Fields, where: str, subset: bool = False):
@@ -71,10 +58,7 @@ class CaptionsSource:
         rows, self.problems = read_rows(data, path, fields)
         files = {file.name: file for file in paths.list_tree(root)}
         rows = self._existing(rows, files, subset)
-        self.bad = self.problems.counts.total()
-        self.listed = self.bad + len(rows)
-        for line in self.problems.lines():
-            log().warning("%s: %s", path, line)
+        self.listed = self.problems.total() + len(rows)
         if not rows:
             found = "; ".join(self.problems.lines()) or "it has no rows"
             raise UserError(f"{where}: no caption in {path} can be used: {found}. File names are relative to {root}")
@@ -122,6 +106,10 @@ class CaptionsSource:
 
     def describe(self, i: int) -> str:
         return f"{self.root}/{os.fsdecode(self._names[self._images[i]])}"
+
+    def image_numbers(self) -> np.ndarray:
+        """[N] int32, equal for the texts of one image."""
+        return self._images
 
     def known_sizes(self) -> None:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.sources.base import Record, digest
 
-VERSION = 1  # raise when the images change
+VERSION = 1  # raise when the images or their captions change
 KEY = 0x5A9E5
 SPLITS = {"train": (0, 50_000), "validation": (1, 2_000)}  # stream, images
 ASPECTS = {"round": 1.0, "wide": 1.8, "tall": 1 / 1.8}

@@ -18,18 +18,20 @@ from input_pipeline.size_index import cache_dir, write_cached
 from input_pipeline.sources import paths
 from input_pipeline.sources.base import Record, digest, select, to_label, to_text, unsplit_part
 from input_pipeline.sources.files import IMAGE_ENDINGS
+from input_pipeline.sources.problems import Problems
 from input_pipeline.sources.records import Fields
 
-VERSION = 1  # raise when the index changes
+VERSION = 2  # raise when the index changes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")
 TXT, JSON = 1, 2
+NO_IMAGE, DOUBLED = "texts without an image", "files with the name of another in their shard"
 ENDINGS = tuple(ending[1:] for ending in IMAGE_ENDINGS)
 
 
 class Index(NamedTuple):
     """One row a sample, shards in order. labels[label_starts[i] : label_starts[i + 1]] are its classes, (-1,) unknown.
 
-    image, text: [N, 2] int64 offset and length; text_kind: 0 none, `TXT` a .txt file, `JSON`.
+    image, text: [N, 2] int64 offset and length; text_kind: 0 none, `TXT` a .txt file, `JSON`. problems: as JSON.
     """
 
     keys: np.ndarray
@@ -39,6 +41,7 @@ class Index(NamedTuple):
     text_kind: np.ndarray
     labels: np.ndarray
     label_starts: np.ndarray
+    problems: np.ndarray
 
 
 class TarSource:
@@ -47,6 +50,7 @@ class TarSource:
     The label is the number in `.cls`, or `label_field` of `.json`; a number, a list of them, or names listed in a
     `classes.txt` beside the first shard, which also names the classes. Without one they are '0', '1', ... up to the
     largest label found. The text is `.txt`, or "text" or "caption" of the JSON; with a `text_field`, that of the JSON.
+    `problems` has the texts without an image and the doubled names of all shards, beside all samples.
     """
 
     def __init__(self, pattern: str, split: str, fields: Fields, hold_out: bool = True):
@@ -57,6 +61,8 @@ class TarSource:
         self._index = _cached_index(shards, fields, names)
         if fields.text and not (self._index.text_kind == JSON).any():
             raise UserError(f"{self._where}: no sample has a field {fields.text!r} in its .json: set data.text_field")
+        self.problems = Problems.from_json(str(self._index.problems))
+        self.listed = len(self._index.keys) + self.problems.total()
         largest = int(self._index.labels.max(initial=-1))
         if names and largest >= len(names):
             raise UserError(f"{self._where}: label {largest}, but classes.txt names {len(names)} classes, from 0")
@@ -131,7 +137,7 @@ def _build_index(shards: list[paths.File], fields: Fields, names: tuple[str, ...
     with ThreadPoolExecutor(8) as pool:
         scans = pool.map(lambda shard: _scan(shard, fields, names), shards)
         scanned = list(tqdm(scans, desc="indexing tar shards (once)", total=len(shards), delay=2))
-    rows = [(s, *sample) for s, samples in enumerate(scanned) for sample in samples]
+    rows = [(s, *sample) for s, (samples, _) in enumerate(scanned) for sample in samples]
     if not rows:
         raise UserError(
             f"{shards[0].name}: no sample with an image among {len(shards)} shards; expected WebDataset samples such "
@@ -146,53 +152,86 @@ def _build_index(shards: list[paths.File], fields: Fields, names: tuple[str, ...
         text_kind=np.array(kind, np.int8),
         labels=np.array([label for of_one in labels for label in of_one], np.int64),
         label_starts=np.cumsum([0, *map(len, labels)]),
+        problems=np.array(Problems.together(problems for _, problems in scanned).to_json()),
     )
 
 
-def _scan(shard: paths.File, fields: Fields, names: tuple[str, ...] | None) -> list[tuple]:
-    """The samples of one shard that have an image: (key, image, text, text_kind, labels)."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+def _scan(shard: paths.File, fields: Fields, names: tuple[str, ...] | None) -> tuple[list[tuple], Problems]:
+    """The samples of one shard that have an image, (key, image, text, text_kind, labels), and what is wrong with it."""
+    samples, problems = [], Problems()
     with paths.open_file(shard.name) as file:
         if file.read(6).startswith(COMPRESSED):
             raise UserError(f"{shard.name} is compressed, which leaves no random access: unpack it to a plain .tar")
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as members:
-                for member in members:
-                    if not member.isfile():
-                        continue
-                    if member.offset_data + member.size > shard.size:
-                        raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
-                    folder, slash, name = member.name.rpartition("/")
-                    key, _, ending = name.partition(".")
-                    samples.setdefault(folder + slash + key, {})[ending.lower()] = (member.offset_data, member.size)
+            members = _members(file, shard, problems)
         except tarfile.TarError as error:
             raise UserError(f"{shard.name} is not a whole tar file: {error}; copy it again") from error
-        return [
-            (key, image, *_text_and_labels(file, parts, fields, names, f"{shard.name}:{key}"))
-            for key, parts in samples.items()
-            if (image := next((parts[ending] for ending in ENDINGS if ending in parts), None))
-        ]
+        for key, parts in members.items():
+            where = f"{shard.name}:{key}"
+            if image := next((parts[ending] for ending in ENDINGS if ending in parts), None):
+                samples.append((key, image, *_text_and_labels(file, parts, fields, names, where)))
+            elif _has_text(file, parts, fields):
+                problems.add(NO_IMAGE, where)
+    return samples, problems
+
+
+def _members(file: BinaryIO, shard: paths.File, problems: Problems) -> dict[str, dict[str, tuple[int, int]]]:
+    """Offset and length of each file by sample and ending; of two with one name the later one, as tar has it."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as members:
+        for member in members:
+            if not member.isfile():
+                continue
+            if member.offset_data + member.size > shard.size:
+                raise tarfile.ReadError(f"{member.name} goes beyond the end of the file")
+            folder, slash, name = member.name.rpartition("/")
+            key, _, ending = name.partition(".")
+            parts = samples.setdefault(folder + slash + key, {})
+            if ending.lower() in parts:
+                problems.add(DOUBLED, f"{shard.name}:{member.name}")
+            parts[ending.lower()] = (member.offset_data, member.size)
+    return samples
+
+
+def _content(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _described(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> dict:
+    """The fields of a .json, {} without one; raises ValueError. A byte that is no UTF-8 spoils the text alone."""
+    found = json.loads(_content(file, parts["json"]).decode("utf-8-sig", "replace")) if "json" in parts else {}
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _text_kind(parts: dict[str, tuple[int, int]], described: dict, fields: Fields) -> int:
+    if "txt" in parts and not fields.text:
+        return TXT
+    return JSON if any(described.get(name) for name in fields.texts) else 0
+
+
+def _has_text(file: BinaryIO, parts: dict[str, tuple[int, int]], fields: Fields) -> bool:
+    """Whether a sample without an image is a text; other .json files may lie among the samples."""
+    try:
+        return _text_kind(parts, _described(file, parts), fields) != 0
+    except ValueError:
+        return "txt" in parts
 
 
 def _text_and_labels(
     file: BinaryIO, parts: dict[str, tuple[int, int]], fields: Fields, names: tuple[str, ...] | None, where: str
 ) -> tuple[tuple[int, int], int, list[int]]:
-    def content(ending: str) -> bytes:
-        offset, length = parts[ending]
-        file.seek(offset)
-        return file.read(length)
-
     try:
-        # A byte that is no UTF-8 is an error of the text alone, when that is read.
-        described = json.loads(content("json").decode("utf-8-sig", "replace")) if "json" in parts else {}
+        described = _described(file, parts)
         label = described.get(fields.label)
         if "cls" in parts and fields.label:
-            label = content("cls").decode().strip()
-    except (ValueError, AttributeError) as error:
+            label = _content(file, parts["cls"]).decode().strip()
+    except ValueError as error:
         raise UserError(f"{where} has a .json or .cls file that cannot be read: {error}") from error
-    in_json = any(described.get(name) for name in fields.texts)
-    kind = TXT if "txt" in parts and not fields.text else JSON if in_json else 0
+    kind = _text_kind(parts, described, fields)
     text = parts["txt" if kind == TXT else "json"] if kind else (0, 0)
     if label is None:
         return text, kind, [-1]

@@ -5,7 +5,6 @@ is not finite raises: compared with anything it would look like the best one.
 """
 
 import csv
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,28 +17,22 @@ from sklearn.metrics import average_precision_score
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch
 from navit_jax import plots
-from navit_jax.evaluators.outputs import Forward, Rows, outputs
+from navit_jax.evaluators.outputs import LOGITS, Forward, Rows, Seen, read
 
 
 class Predictions(NamedTuple):
     """What the model says of n images, in the order of the source.
 
-    index: [n] int, number in the source. labels: [n] int (-1: none), or [n, C] bool for sets of classes.
-    predicted: [n] int, the best class. confidence: [n] float64, its probability. rank: [n] int, classes before the
-    label (for sets: before the best of them); -1: no label. logits: [n, C] float32 for sets of classes, else None.
-    tokens: [n] int. images_per_s: of the whole pass, without its first step (which compiles) where there are more.
-    skipped: images that could not be used.
+    seen: their numbers, labels, tokens, and the pace of the pass. predicted: [n] int, the best class. confidence: [n]
+    float64, its probability. rank: [n] int, classes before the label (for sets: before the best of them); -1: no label.
+    logits: [n, C] float32 for sets of classes, else [n, 0].
     """
 
-    index: np.ndarray
-    labels: np.ndarray
+    seen: Seen
     predicted: np.ndarray
     confidence: np.ndarray
     rank: np.ndarray
-    logits: np.ndarray | None
-    tokens: np.ndarray
-    images_per_s: float
-    skipped: int
+    logits: np.ndarray
 
 
 class Names(NamedTuple):
@@ -50,6 +43,7 @@ class Names(NamedTuple):
     title: str
 
 
+_WHOLE = ("images", "skipped")  # the same at every budget
 EVAL = Names("eval", "accuracy_over_tokens", "One model, every token budget")
 
 
@@ -67,31 +61,14 @@ def predictions(
 
     Raises RuntimeError if an image comes twice or a logit is not finite, UserError if no image could be used.
     """
-    parts, times, counts = [], [time.perf_counter()], []
-    for batch, logits_BKC, _ in outputs(forward, params, loader, put):
-        real_BK = batch.index >= 0
-        index, logits = batch.index[real_BK], np.asarray(logits_BKC)[real_BK]
+
+    def keep(index: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, ...]:
         if logits.shape[1] != num_classes:
             raise ValueError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
-        if not np.isfinite(logits).all():
-            bad = index[~np.isfinite(logits).all(-1)]
-            raise RuntimeError(f"the logits of {len(bad)} images are not finite, the first is image {bad[0]}")
-        labels = _labels(batch.labels[real_BK], multi_label)
-        ids = batch.images.segment_ids[:, :, None] == np.arange(1, real_BK.shape[1] + 1)
-        kept = logits if multi_label else logits[:, :0]  # the logits of 50,000 images of 20,000 classes are 4 GB
-        parts.append((index, labels, *_judge(logits, labels, probabilities), kept, ids.sum(1)[real_BK]))
-        times.append(time.perf_counter())
-        counts.append(len(index))
-    if not sum(counts):
-        raise UserError("evaluation has no usable image: every one was refused; the log names them with their reasons.")
-    fields = [np.concatenate(field) for field in zip(*parts, strict=True)]
-    order = np.argsort(fields[0])
-    index, labels, predicted, confidence, rank, logits, tokens = (field[order] for field in fields)
-    start = int(len(counts) > 1)
-    speed = sum(counts[start:]) / (times[-1] - times[start])
-    skipped = len(loader.builder.sampler.indices) - len(index)
-    logits = logits if multi_label else None
-    return Predictions(index, labels, predicted, confidence, rank, logits, tokens, speed, skipped)
+        return judge(index, labels, logits, probabilities)
+
+    seen = read(forward, params, loader, put, keep, of=LOGITS, multi_label=multi_label)
+    return Predictions(seen, *seen.kept)
 
 
 def run(
@@ -113,19 +90,23 @@ def run(
     Raises RuntimeError if an image comes twice or a logit is not finite, UserError if no image has a label.
     """
     options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
-    found = predictions(forward, params, loader, put, **options)
-    has = found.rank >= 0
+    return scores(predictions(forward, params, loader, put, **options))
+
+
+def scores(found: Predictions) -> dict[str, float]:
+    """The scores of `run`, from its predictions."""
+    has, seen = found.rank >= 0, found.seen
     if not has.any():
         raise UserError("no image of the held-out set has a label: accuracy needs some. Name another data.eval_source.")
     rank = found.rank[has]
-    scores = dict(top1=float((rank == 0).mean()))
-    if multi_label:
-        scores["map"] = mean_average_precision(found.labels, found.logits)
+    values = dict(top1=float((rank == 0).mean()))
+    if seen.labels.ndim == 2:
+        values["map"] = mean_average_precision(seen.labels, found.logits)
     else:
-        scores["top5"] = float((rank < 5).mean())
-        scores["ece"] = calibration_error(found.confidence[has], rank == 0)
-    pace = dict(images=len(found.index), skipped=found.skipped, tokens=float(found.tokens.mean()))
-    return scores | pace | dict(images_per_s=found.images_per_s)
+        values["top5"] = float((rank < 5).mean())
+        values["ece"] = calibration_error(found.confidence[has], rank == 0)
+    pace = dict(images=len(seen.index), skipped=seen.skipped, tokens=float(seen.tokens.mean()))
+    return values | pace | dict(images_per_s=seen.images_per_s)
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, buckets: int = 30) -> float:
@@ -162,26 +143,34 @@ def at_budgets(
     loaders have the same L and K. Options and errors are those of `run`.
     """
     options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
-    rows, scores = [], {}
-    for budget, loader in sorted(loaders.items()):
-        found = run(forward, params, loader, put, **options)
-        rows.append(dict(budget=budget) | found)
-        whole = {f"{names.prefix}/{name}": found.pop(name) for name in ("images", "skipped")}
-        scores |= {f"{names.prefix}/{name}@{budget}": value for name, value in found.items()} | whole
+    found = {budget: run(forward, params, loader, put, **options) for budget, loader in loaders.items()}
+    return report(found, multi_label, workdir, names)
+
+
+def report(
+    found: Mapping[int, Mapping[str, float]], multi_label: bool, workdir: Path, names: Names
+) -> dict[str, float]:
+    """The scores of each token budget under their full names; see `at_budgets`, which this ends."""
+    named, rows = {}, [dict(budget=budget) | found[budget] for budget in sorted(found)]
+    for row in rows:
+        named |= {f"{names.prefix}/{name}": row[name] for name in _WHOLE}
+        named |= {f"{names.prefix}/{k}@{row['budget']}": v for k, v in row.items() if k not in ("budget", *_WHOLE)}
     if jax.process_index() == 0:
         _write(rows, Path(workdir), "map" if multi_label else "top1", names)
-    return scores
+    return named
 
 
-def _labels(labels: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Labels of n images; single classes may come as one-hot rows, as mixup needs them in training."""
-    if multi_label:
-        return labels > 0
-    return labels if labels.ndim == 1 else np.where(labels.any(-1), labels.argmax(-1), -1)
+def judge(
+    index: np.ndarray, labels: np.ndarray, logits: np.ndarray, probabilities: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(predicted, confidence, rank, logits) of n images, as in `Predictions`; of equal logits the first is the best.
 
-
-def _judge(logits: np.ndarray, labels: np.ndarray, probabilities: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(predicted, confidence, rank) of n images; of equal logits the first class is before the others."""
+    index: [n], to name an image. logits: [n, C]. Raises RuntimeError for logits that are not finite.
+    """
+    if not np.isfinite(logits).all():
+        bad = index[~np.isfinite(logits).all(-1)]
+        raise RuntimeError(f"the logits of {len(bad)} images are not finite, the first is image {bad[0]}")
+    kept = logits if labels.ndim == 2 else logits[:, :0]  # the logits of 50,000 images of 20,000 classes are 4 GB
     logits = logits.astype(np.float64)
     best = logits.max(1)
     if probabilities == "softmax":
@@ -197,7 +186,7 @@ def _judge(logits: np.ndarray, labels: np.ndarray, probabilities: str) -> tuple[
     mine = np.take_along_axis(logits, label[:, None], axis=1)
     first = np.arange(logits.shape[1]) < label[:, None]
     rank = ((logits > mine) | ((logits == mine) & first)).sum(1)
-    return logits.argmax(1), confidence, np.where(has, rank, -1)
+    return logits.argmax(1), confidence, np.where(has, rank, -1), kept
 
 
 def _write(rows: Sequence[dict], workdir: Path, score: str, names: Names) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch
-from navit_jax.evaluators.outputs import Forward, Rows, outputs
+from navit_jax.evaluators.outputs import Forward, Rows, vectors
 
 
 def run(
@@ -22,42 +23,28 @@ def run(
     *,
     chosen_CS: np.ndarray,
     shots: Iterable[int],
-    num_classes: int,
     ridge: float,
 ) -> dict[str, float]:
     """Top-1 accuracy of a probe fitted on a few training images a class: `fewshot/top1@10shot`, ...
 
     train_loader: rows of the images `chosen_CS`, [C, S] their numbers in the source; n shots are the first n of each
     class. eval_loader: rows of the images to classify. ridge: the penalty of `probe`. Images need one class each.
-    Raises RuntimeError for features that are not finite, ValueError for more than S shots.
+    Raises RuntimeError for features that are not finite, UserError if no image to classify has a label, ValueError for
+    more than S shots.
     """
     shots = sorted(set(shots))
     if shots[-1] > chosen_CS.shape[1]:
         raise ValueError(f"{shots[-1]} shots are asked for, but {chosen_CS.shape[1]} images a class were chosen")
-    (index, x, y), (_, x_test, y_test) = (features(forward, params, rows, put) for rows in (train_loader, eval_loader))
-    labelled, scores = y_test >= 0, {}
+    train, test = (vectors(forward, params, rows, put) for rows in (train_loader, eval_loader))
+    x, x_test = (seen.kept[0].astype(np.float64) for seen in (train, test))
+    labelled, scores = test.labels >= 0, {}
+    if not labelled.any():
+        raise UserError("no image of the held-out set has a label: a probe needs some. Name another data.eval_source.")
     for n in shots:
-        part = np.isin(index, chosen_CS[:, :n])
-        classes = probe(x[part], y[part], x_test, num_classes=num_classes, ridge=ridge)
-        scores[f"fewshot/top1@{n}shot"] = float((classes == y_test)[labelled].mean())
+        part = np.isin(train.index, chosen_CS[:, :n])
+        classes = probe(x[part], train.labels[part], x_test, num_classes=len(chosen_CS), ridge=ridge)
+        scores[f"fewshot/top1@{n}shot"] = float((classes == test.labels)[labelled].mean())
     return scores
-
-
-def features(
-    forward: Forward, params: Any, loader: Rows, put: Callable[[Batch], Any]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(index [n], pooled features [n, D] float64, labels [n], -1: none) of every usable image of the loader."""
-    parts = []
-    for batch, _, pooled_BKD in outputs(forward, params, loader, put):
-        real_BK = batch.index >= 0
-        labels = batch.labels[real_BK]
-        if labels.ndim == 2:  # mixup makes one-hot rows of all labels
-            labels = np.where(labels.any(-1), labels.argmax(-1), -1)
-        parts.append((batch.index[real_BK], np.asarray(pooled_BKD)[real_BK].astype(np.float64), labels))
-    index, x, y = (np.concatenate(field) for field in zip(*parts, strict=True))
-    if not np.isfinite(x).all():
-        raise RuntimeError(f"the features of image {index[~np.isfinite(x).all(1)][0]} are not finite")
-    return index, x, y
 
 
 def probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, *, num_classes: int, ridge: float) -> np.ndarray:

@@ -9,18 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import text
 from input_pipeline.errors import UserError
 from navit_jax.evaluators import classification, texts
-from navit_jax.evaluators.outputs import Forward, Rows
+from navit_jax.evaluators.outputs import Seen
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).parent / "prompts"  # a file for each embedded set
 _NAMES = classification.Names("zeroshot", "zeroshot_over_tokens", "Zero-shot, every token budget")
+_BLOCK = 1024  # images whose logits are held at a time
 
 
 def templates(spec: str, source_name: str) -> tuple[str, ...]:
@@ -87,10 +86,9 @@ def class_vectors(
 
 
 def run(
-    forward: Forward,
+    seen: Mapping[int, Seen],
     forward_texts: texts.ForwardTexts,
     params: Any,
-    loaders: Mapping[int, Rows],
     put: Callable[[Any], Any],
     ids: Sequence[np.ndarray],
     *,
@@ -103,25 +101,23 @@ def run(
     workdir: Path,
     local: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """The scores of `classification.at_budgets` as `zeroshot/top1@256`, ..., and zeroshot_over_tokens.csv and .png.
+    """The scores of `classification` at each token budget, the keys of `seen`, as `zeroshot/top1@256`, ...
 
-    forward(params, batch) -> (anything, z_BKE of length 1). ids: tokens of `prompts`. Logits are scale *
-    cosine + bias, as in training; they matter for the calibration error alone. probabilities: of the loss, for it too.
-    put, rows, local: of images and of texts; see `texts.encode`.
+    seen: of `outputs.vectors`, of length 1, with sets of classes as labels where `multi_label`. ids: tokens of
+    `prompts`. Logits are scale * cosine + bias, as in training; they matter for the calibration error alone.
+    probabilities: of the loss, for it too. put, rows, local: of the texts; see `texts.encode`.
+    Writes zeroshot_over_tokens.csv and .png into workdir. Raises UserError if no image has a label.
     """
     classes_CE = class_vectors(forward_texts, params, ids, put, num_classes=num_classes, rows=rows, local=local)
-
-    def classify(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        _, z_BKE = forward(params, batch)
-        return _logits(z_BKE, classes_CE, scale, bias), z_BKE
-
-    options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
-    return classification.at_budgets(classify, params, loaders, put, workdir=workdir, names=_NAMES, **options)
-
-
-@jax.jit
-def _logits(z_BKE: jax.Array, classes_CE: np.ndarray, scale: float, bias: float) -> jax.Array:
-    return scale * jnp.einsum("BKE,CE->BKC", z_BKE.astype(jnp.float32), classes_CE, precision="highest") + bias
+    found = {}
+    for budget, one in seen.items():
+        parts = []
+        for start in range(0, len(one.index), _BLOCK):
+            index, labels, z_NE = (x[start : start + _BLOCK] for x in (one.index, one.labels, one.kept[0]))
+            parts.append(classification.judge(index, labels, scale * (z_NE @ classes_CE.T) + bias, probabilities))
+        judged = (np.concatenate(field) for field in zip(*parts, strict=True))
+        found[budget] = classification.scores(classification.Predictions(one, *judged))
+    return classification.report(found, multi_label, workdir, _NAMES)
 
 
 def _unit(z_NE: np.ndarray) -> np.ndarray:

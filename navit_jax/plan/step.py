@@ -140,7 +140,7 @@ def batch_shapes(config: ConfigDict, rows: Rows) -> Batch:
     if rows.text_plan:
         per_text = ShapeDtypeStruct((b, rows.text_plan.slots), np.int32)
         texts = _packed(ShapeDtypeStruct((b, rows.text_plan.length), np.int32), rows.text_plan.slots)
-        pairs = Pairs(texts, per_image, per_text, per_image, per_text)
+        pairs = Pairs(texts, *[per_image, per_text] * 3)
     return Batch(images, ShapeDtypeStruct(*labels), per_image, pairs)
 
 
