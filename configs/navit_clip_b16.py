@@ -1,8 +1,8 @@
 """NaViT-B/16 and a text tower, trained on images with texts.
 
-    python train.py --config configs/navit_clip_b16.py                  # embedded shapes with captions
-    python train.py --config configs/navit_clip_b16.py:folder=PATH      # PATH/captions.csv: file_name,text
-    python train.py --config configs/navit_clip_b16.py:tar=GLOB         # WebDataset: 0001.jpg + 0001.txt or .json
+python train.py --config configs/navit_clip_b16.py                  # embedded shapes with captions
+python train.py --config configs/navit_clip_b16.py:folder=PATH      # PATH/captions.csv: file_name,text
+python train.py --config configs/navit_clip_b16.py:tar=GLOB         # WebDataset: 0001.jpg + 0001.txt or .json
 
 """
 
