@@ -171,7 +171,7 @@ def get_config() -> ConfigDict:
     c.eval_every_steps = 0  # 0: at the end only
     c.checkpoint_every_steps = 1000  # 0: at the end only
     c.keep_checkpoints = 2  # the last ones, and the best besides
-    c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 or retrieval/t2i_r1 at most tokens
+    c.best_metric = ""  # of metrics.jsonl, larger is better; "": eval/top1 (or map), retrieval/t2i_r1, or zeroshot/top1
     c.init_from = ""  # a run's folder or checkpoint to fine-tune from
     c.objective = "supervised"  # supervised (labels) | contrastive (texts)
     c.loss = ConfigDict(dict(kind="sigmoid", label_smoothing=0.0))  # sigmoid | softmax

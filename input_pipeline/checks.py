@@ -11,11 +11,7 @@ from input_pipeline import augment
 from input_pipeline.errors import UserError
 
 Rule = tuple[str, bool, str]  # a field, whether it is fine, what it may hold
-SCORES = {  # of metrics.jsonl, at each token budget
-    "supervised": [f"eval/{score}" for score in ("top1", "top5", "map")],
-    "contrastive": [f"retrieval/{side}_r{k}" for side in ("t2i", "i2t") for k in (1, 5, 10)]
-    + [f"zeroshot/{score}" for score in ("top1", "top5", "map")],
-}
+RECALLS = [f"retrieval/{side}_r{k}" for side in ("t2i", "i2t") for k in (1, 5, 10)]
 
 
 def check(config: ConfigDict) -> None:
@@ -82,11 +78,14 @@ def _text_rules(c: ConfigDict) -> list[Rule]:
 
 def _objective_rules(c: ConfigDict) -> list[Rule]:
     """What the objective decides: scores there are, and what a loss over pairs has no meaning for."""
-    if c.objective not in SCORES:
+    kind = {"supervised": "eval", "contrastive": "zeroshot"}.get(c.objective)
+    if kind is None:
         return []
-    scores = [f"{score}@{budget}" for score in SCORES[c.objective] for budget in reversed(c.eval.token_budgets)]
+    scores = [f"{kind}/{score}" for score in ("top1", "map" if c.data.multi_label else "top5")]
+    scores = (RECALLS if kind == "zeroshot" else []) + scores
+    scores = [f"{score}@{budget}" for score in scores for budget in reversed(c.eval.token_budgets)]
     scores += [f"fewshot/top1@{shots}shot" for shots in c.eval.fewshot_shots]
-    example = f"a score of this objective, {c.objective}, such as {scores[0] if scores else SCORES[c.objective][0]}"
+    example = f"a score of this run, {c.objective}, such as {scores[0] if scores else kind + '/top1@256'}"
     best = ("best_metric", not c.best_metric or c.best_metric in scores, example)
     if c.objective == "supervised":
         return [best]

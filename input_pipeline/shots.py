@@ -23,16 +23,17 @@ def choose_shots(images: Images, held_out: Images, shots: int, seed: int) -> np.
     _check_classes(images, held_out)
     source = images.source
     names, size = source.class_names, len(source)
-    chosen = [[] for _ in names]
-    missing = len(names)
+    chosen, files = [[] for _ in names], np.arange(size) if images.files is None else images.files
+    used, missing = set(), len(names)
     for start in range(0, size, 1024):
         position = np.arange(start, min(size, start + 1024))
         for i in keys.permute(position, size, seed, np.zeros_like(position)).tolist():
             if not missing:
                 return np.array(chosen)
             label = _label(images, i)
-            if label >= 0 and len(chosen[label]) < shots:
+            if label >= 0 and len(chosen[label]) < shots and files[i] not in used:  # an image may have several texts
                 chosen[label].append(i)
+                used.add(files[i])
                 missing -= len(chosen[label]) == shots
     if missing:
         label = min(range(len(names)), key=lambda c: len(chosen[c]))

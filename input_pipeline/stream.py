@@ -85,7 +85,8 @@ def _with_texts(config: ConfigDict, images: Images, spec: str, split: str, group
     if split == "eval" and images.classes and not texts.lengths.any():
         return dataclasses.replace(images, tokenizer=tokenizer)
     check_missing(texts, source, spec, config.data.max_bad_share)
-    check_distinct(texts, spec, text.max_tokens)
+    if split == "train":
+        check_distinct(texts, spec, text.max_tokens)
     sizes = np.where(texts.lengths[:, None] > 0, images.sizes, 0)
     return dataclasses.replace(images, sizes=sizes, texts=texts, tokenizer=tokenizer)
 
@@ -209,11 +210,11 @@ def eval_loader(
 
 
 def _different(images: Images) -> np.ndarray:
-    """The numbers of all images, of those with several texts the first with one that can be used."""
+    """The numbers of all images, of those with several texts the first that can be used, if any can."""
     if images.files is None:
         return np.arange(len(images.sizes))
-    usable = np.flatnonzero(images.sizes.min(axis=1) > 0)
-    return np.sort(usable[np.unique(images.files[usable], return_index=True)[1]])
+    order = np.argsort(images.sizes.min(axis=1) == 0, kind="stable")
+    return np.sort(order[np.unique(images.files[order], return_index=True)[1]])
 
 
 def eval_rows(config: ConfigDict) -> int:

@@ -137,7 +137,7 @@ def describe(
         layout = "PATH/captions.csv: file_name,text" if texts else "PATH/class/image.jpg"
         print(f"data: the embedded set {source!r}; for your own: --config {config_path()}:folder=PATH ({layout})")
     print(
-        f"      {len(rows.images.sizes)} training images, {held_out} held out, "
+        f"      {len(rows.images.sizes)} training {'pairs' if texts else 'images'}, {held_out} held out, "
         f"{rows.images.classes} classes\n"
         f"rows: {rows.rows} a step of {rows.plan['length']} tokens and {rows.plan['slots']} slots; about "
         f"{found.images / found.rows:.1f} "

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed
-from navit_jax import contrastive, losses, navit, optim
+from navit_jax import contrastive, losses, navit, optim, text_tower
 from navit_jax.contrastive_loss import Ids, contrastive_loss
 
 Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
@@ -58,8 +58,11 @@ def _supervised(config: ConfigDict, classes: int) -> Objective:
         logits_BKC, extra = navit.merge(graph, params)(batch.images)
         return logits_BKC, extra["pooled"]
 
-    hold = optim.hold(optim.frozen(config.optim, shapes))
-    gradient = supervised_gradient(graph, losses.make_loss(config.loss), config.optim.accumulate_steps, hold)
+    frozen = optim.frozen(config.optim, shapes)
+    passes = _passes({name: x for name, x in shapes.items() if name != "head"}, frozen)
+    gradient = supervised_gradient(
+        graph, losses.make_loss(config.loss), config.optim.accumulate_steps, optim.hold(frozen)
+    )
     return Objective(
         dtype=model.compute_dtype,
         shapes=shapes,
@@ -68,8 +71,13 @@ def _supervised(config: ConfigDict, classes: int) -> Objective:
         forward=forward,
         forward_texts=None,
         limit=lambda params: params,
-        flops=lambda images, texts: 3 * navit.flops_forward(model, images),  # backward is two forwards' products
+        flops=lambda images, texts: passes * navit.flops_forward(model, images),
     )
+
+
+def _passes(part: dict, frozen: set[str]) -> int:
+    """Forward passes whose products a step of this part needs: a backward pass is two, and locked parts have none."""
+    return 1 if optim.paths(part) <= frozen else 3
 
 
 def supervised_gradient(
@@ -114,14 +122,15 @@ def _contrastive(config: ConfigDict, vocab_size: int) -> Objective:
     model = contrastive.from_config(config, vocab_size=vocab_size)
     graph, shapes = contrastive.abstract(model)
     frozen = optim.frozen(config.optim, shapes)
-    locked = optim.paths(dict(image=shapes["image"])) <= frozen
+    passes = {tower: _passes({tower: shapes[tower]}, frozen) for tower in ("image", "text")}
 
     def forward(params: dict, batch: Batch) -> tuple[None, jax.Array]:
         return None, navit.merge(graph, params).encode_images(batch.images)
 
     def flops(images: np.ndarray, texts: np.ndarray) -> float:
-        spared = 2 * navit.flops_forward(model.image, images) if locked else 0.0  # no backward pass
-        return 3 * contrastive.flops_forward(model, images, texts) - spared
+        towers = navit.flops_forward(model.image, images), text_tower.flops_forward(model.text, texts)
+        projections = contrastive.flops_forward(model, images, texts) - sum(towers)
+        return passes["image"] * towers[0] + passes["text"] * towers[1] + 3 * projections
 
     return Objective(
         dtype=model.image.compute_dtype,

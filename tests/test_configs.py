@@ -113,7 +113,7 @@ def contrastive():
         ("loss.label_smoothing", 0.1, "loss.label_smoothing is 0.1; expected 0"),
         ("eval.prompts", "/no/such/file.txt", "eval.prompts is '/no/such/file.txt'; expected a file that exists"),
         ("data.source", "tfds=imagenet2012", "has labels and no texts"),
-        ("best_metric", "eval/top1@256", "a score of this objective, contrastive, such as retrieval/t2i_r1@256"),
+        ("best_metric", "eval/top1@256", "a score of this run, contrastive, such as retrieval/t2i_r1@256"),
     ],
 )
 def test_what_a_contrastive_run_cannot_do_is_refused_before_anything_is_read(name, value, message):
@@ -130,7 +130,7 @@ def test_what_a_contrastive_run_cannot_do_is_refused_before_anything_is_read(nam
 def test_best_metrics_are_those_of_the_objective(tmp_path):
     (tmp_path / "prompts.txt").write_text("a {}")
     ours = {
-        "supervised": ["eval/top1@64", "eval/map@256"],
+        "supervised": ["eval/top1@64", "eval/top5@256"],
         "contrastive": ["retrieval/i2t_r5@128", "retrieval/t2i_r10@64", "zeroshot/top5@256"],
     }
     config = base.get_config()
@@ -143,7 +143,7 @@ def test_best_metrics_are_those_of_the_objective(tmp_path):
                     continue
                 with pytest.raises(UserError, match=f"best_metric is .*{config.objective}, such as"):
                     checks.check(config)
-        for config.best_metric in ("eval/top1@9", "retrieval/t2i_r2@64", "zeroshot/top1", "fewshot/top1@5shot"):
+        for config.best_metric in ("eval/top1@9", "eval/map@256", "retrieval/t2i_r2@64", "zeroshot/top1", "fewshot/top1@5shot"):
             with pytest.raises(UserError, match="best_metric is"):
                 checks.check(config)
 

@@ -12,6 +12,8 @@ from test_topology import MESHES, ROOT, devices
 from test_train import lines, losses, run
 
 from configs import navit_clip_quickstart
+from input_pipeline import text
+from input_pipeline.errors import UserError
 from navit_jax import checkpoint, objectives, optim
 from navit_jax.plan import hlo
 
@@ -25,12 +27,7 @@ def tiny(**fields):
     config.optim.update(lr=1e-3, schedule="constant", warmup_steps=2, cooldown_steps=0)
     config.update(total_steps=12, log_every_steps=1, checkpoint_every_steps=4)
     config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=8)
-    for path, value in fields.items():
-        *where, last = path.split("__")
-        node = config
-        for name in where:
-            node = node[name]
-        node[last] = value
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
 
 
@@ -63,6 +60,15 @@ def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
     assert losses(run(tiny(), tmp_path)) == losses(whole[1])
 
 
+def test_another_tokenizer_is_noticed(whole, monkeypatch):
+    monkeypatch.setattr(text.ByteTokenizer, "fingerprint", lambda self: "other bytes")
+    with pytest.raises(UserError, match="had the tokenizer bytes, these have other bytes"):
+        run(tiny(), whole[0], eval_only=True)
+    with pytest.raises(UserError, match="tokenizer"):
+        run(tiny(), whole[0])
+
+
+@pytest.mark.slow
 def test_towers_that_see_parts_train_alike(whole, tmp_path):
     parts = run(tiny(contrastive__cache_parts=4), tmp_path)
     for step, loss in losses(whole[1]).items():
@@ -108,6 +114,7 @@ def test_two_processes_train_as_one(whole, tmp_path):
     assert_same(lines(tmp_path), whole[1])
 
 
+@pytest.mark.slow
 def test_a_locked_image_tower_starts_from_an_image_run(whole, tmp_path):
     """LiT: the tower of a supervised run, which stays as it is while texts learn."""
     image = test_train.tiny(data__source="shapes", total_steps=2, eval__max_examples=8)
@@ -116,7 +123,9 @@ def test_a_locked_image_tower_starts_from_an_image_run(whole, tmp_path):
     config.model = image.model
     run(config, tmp_path / "lit")
     before = checkpoint.restore_params(tmp_path / "image")[0]
-    after = checkpoint.restore_params(tmp_path / "lit")[0]["image"]
+    after = checkpoint.restore_params(tmp_path / "lit")[0]
     before.pop("head")
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after["image"]), strict=True):
         np.testing.assert_array_equal(a, b)
+    new = objectives.make(config, 0, vocab_size=257).init(config.seed)
+    assert np.abs(after["text"]["table"] - new["text"]["table"]).max() > 0

@@ -65,8 +65,7 @@ def gradient(config, batch, mesh=None):
     return jax.device_get(jax.jit(one)(objective.init(0)))
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("loss, parts", [("softmax", 4), pytest.param("sigmoid", 2, marks=pytest.mark.slow)])
 def test_towers_that_see_parts_have_the_gradient_of_the_whole(loss, parts):
     batch = random_batch(parts)
     whole, metrics = gradient(config(loss=loss), batch)
@@ -79,6 +78,7 @@ def test_towers_that_see_parts_have_the_gradient_of_the_whole(loss, parts):
         assert np.abs(a).max() > 0, path
 
 
+@pytest.mark.slow
 def test_parts_are_dropped_out_alike_in_both_passes():
     """The gradient is that of one loss over parts that are encoded with the same keys, differentiated as it stands."""
     c = config(cache_parts=2)
@@ -121,6 +121,9 @@ def test_a_frozen_tower_has_no_gradient_and_its_backward_pass_is_not_computed():
     assert flops[("^image/",)] < 0.75 * flops[()]
     lengths = np.array([5, 7, 9]), np.array([4, 4, 3])
     assert objective.flops(*lengths) < 0.75 * objectives.make(config(), 0, VOCAB).flops(*lengths)
+    c.optim.freeze = ("^image/", "^text/")
+    both = objectives.make(c, 0, VOCAB).flops(*lengths)
+    assert both < objective.flops(*lengths)
 
 
 def test_the_scale_stays_below_its_maximum():

@@ -28,12 +28,7 @@ def tiny(**fields):
     config.optim.update(lr=1e-3, schedule="constant", warmup_steps=2, cooldown_steps=0)
     config.update(total_steps=12, log_every_steps=1, checkpoint_every_steps=4)
     config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=2)
-    for path, value in fields.items():
-        *where, last = path.split("__")
-        node = config
-        for name in where:
-            node = node[name]
-        node[last] = value
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
 
 

@@ -6,6 +6,7 @@ then sizes are unknown before packing and resuming means replaying. So shards mu
 """
 
 import json
+import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ class TarSource:
             raise UserError(f"{self._where}: label {largest}, but classes.txt names {len(names)} classes, from 0")
         self.class_names = names or tuple(map(str, range(largest + 1)))
         short = [name.rpartition("/")[2] for name in self._shards]
-        keys = (f"{short[s]}/{k.decode()}" for s, k in zip(self._index.shard, self._index.keys, strict=True))
+        keys = (f"{short[s]}/{os.fsdecode(k)}" for s, k in zip(self._index.shard, self._index.keys, strict=True))
         self._rows = select(keys, unsplit_part(split, hold_out, self._where), self._where)
         self._fingerprint = digest("tar", paths.fingerprint(shards), *fields.key, *self.class_names, self._rows.sum())
 
@@ -104,7 +105,7 @@ class TarSource:
 
     def describe(self, i: int) -> str:
         row = self._rows[i]
-        return f"{self._shards[self._index.shard[row]]}:{self._index.keys[row].decode()}"
+        return f"{self._shards[self._index.shard[row]]}:{os.fsdecode(self._index.keys[row])}"
 
     def known_sizes(self) -> None:
         return None
@@ -145,7 +146,7 @@ def _build_index(shards: list[paths.File], fields: Fields, names: tuple[str, ...
         )
     shard, keys, image, text, kind, labels = zip(*rows, strict=True)
     return Index(
-        keys=np.array([key.encode() for key in keys]),
+        keys=np.array([os.fsencode(key) for key in keys]),
         shard=np.array(shard, np.int32),
         image=np.array(image, np.int64),
         text=np.array(text, np.int64),
@@ -201,7 +202,10 @@ def _content(file: BinaryIO, place: tuple[int, int]) -> bytes:
 
 def _described(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> dict:
     """The fields of a .json, {} without one; raises ValueError. A byte that is no UTF-8 spoils the text alone."""
-    found = json.loads(_content(file, parts["json"]).decode("utf-8-sig", "replace")) if "json" in parts else {}
+    try:
+        found = json.loads(_content(file, parts["json"]).decode("utf-8-sig", "replace")) if "json" in parts else {}
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
