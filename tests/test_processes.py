@@ -82,6 +82,7 @@ def test_processes_train_as_one(alone, tmp_path, processes, per_process, mesh):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_stops_all_and_eight_devices_go_on(alone, tmp_path):
     process = start(tmp_path, 2, total_steps=20, **{"checkpoint_every_steps": 0})
     os.kill(wait_for_step(tmp_path, 2, process)[1], signal.SIGTERM)

@@ -89,7 +89,8 @@ def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [6])
 def test_killed_at_random_moments_the_same_command_goes_on(whole, tmp_path, kills):
     config = tiny()
     overrides = [f"--config.{name}={value}" for name, value in changed(quickstart.get_config(), config)]
@@ -182,6 +183,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_and_keeps_the_checkpoin
     assert max(saved, default=0) <= max(finite, default=0)
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_run(whole, tmp_path, capsys):
     records = run(tiny(init_from=str(whole[0]), total_steps=2), tmp_path)
     assert losses(records)[1] < losses(whole[1])[1]

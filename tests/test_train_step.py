@@ -52,7 +52,7 @@ def run(steps=3, **options):
     return jax.device_get(state), seen
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_equals_the_undivided_step(parts):
     """The parts hold 3 + 0 images and so on: a mean of means would differ."""
     one, seen_one = run()
