@@ -64,13 +64,14 @@ def wait_for_step(workdir, step, process, saved=0, timeout=180):
     pytest.fail(f"step {step} did not come:\n{finish(process)[1][-3000:] if process.poll() is not None else ''}")
 
 
+@pytest.mark.slow  # two processes are in the tests below, too
 @pytest.mark.parametrize(
     "processes, per_process, mesh",
     [
         (2, 1, {}),
-        pytest.param(4, 1, {"mesh.fsdp": 2}, marks=pytest.mark.slow),
-        pytest.param(2, 1, {"mesh.tensor": 2}, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"mesh.fsdp": 4}, marks=pytest.mark.slow),
+        (4, 1, {"mesh.fsdp": 2}),
+        (2, 1, {"mesh.tensor": 2}),
+        (2, 2, {"mesh.fsdp": 4}),
     ],
 )
 def test_processes_train_as_one(alone, tmp_path, processes, per_process, mesh):
