@@ -4,8 +4,8 @@ The texts of a step fill as many rows as its images do, and any of them may hold
 short against a row that best-fit decreasing over the whole step wastes hardly a token of a full step, where a text row
 for each image row would have to be as long as the worst of them needs. Steps differ in their texts, and T is one: 91 %
 of the rows of 16, 93 % of those of 64 or more, are filled on captions of 45 bytes, where a T that leaves out no text at
-all gives 88 % and 91 %. Nothing here depends on more than the step's
-image plans, so the text rows are the same for any number of threads and processes and a snapshot needs nothing of them.
+all gives 88 % and 91 %. Nothing here depends on more than the step's image plans, so the text rows are the same for any
+number of threads and processes, and a snapshot needs nothing of them.
 """
 
 from bisect import bisect_left, insort

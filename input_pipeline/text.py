@@ -10,6 +10,8 @@ import os
 import unicodedata
 from typing import Any, Protocol
 
+from ml_collections import ConfigDict
+
 from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.sources import paths
 from input_pipeline.sources.base import require
@@ -43,6 +45,16 @@ def open_tokenizer(spec: str) -> Tokenizer:
     inside = os.path.join(os.path.expanduser(spec), "tokenizer.json")
     hint = f"; did you mean {inside}?" if os.path.exists(inside) else ""
     raise UserError(f"{where}: {EXPECTED}{hint}")
+
+
+def table_size(text: ConfigDict, vocab_size: int) -> int:
+    """Rows of the token table that `config.text` asks for. Raises UserError where they are fewer than the tokens."""
+    if 0 < text.vocab_size < vocab_size:
+        raise UserError(
+            f"text.vocab_size is {text.vocab_size}, but the tokenizer {text.tokenizer} has {vocab_size} tokens: the "
+            f"table would lack rows. Set --config.text.vocab_size={vocab_size} or more, or 0: the tokenizer's."
+        )
+    return text.vocab_size or vocab_size
 
 
 def encode(tokenizer: Tokenizer, text: str, max_tokens: int, lower: bool) -> tuple[list[int], bool]:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
+from input_pipeline.text import table_size
 from navit_jax import navit, sharding, text_tower, transformer
 
 SIZES = ("width", "depth", "heads", "mlp_dim")
@@ -56,16 +57,11 @@ def from_config(config: ConfigDict, *, vocab_size: int) -> TwoTowersConfig:
     and sizes that do not fit together.
     """
     text, contrastive = config.text, config.contrastive
-    if 0 < text.vocab_size < vocab_size:
-        raise UserError(
-            f"text.vocab_size is {text.vocab_size}, but the tokenizer {text.tokenizer} has {vocab_size} tokens: the "
-            f"table would lack rows. Set --config.text.vocab_size={vocab_size} or more, or 0: the tokenizer's."
-        )
     image = navit.from_config(config.model, channels=config.data.channels, num_classes=0)
     text_config = text_tower.TextConfig(
         **{name: text[name] or getattr(image, name) for name in SIZES},
         **{name: config.model[name] for name in SHARED_FIELDS},
-        vocab_size=text.vocab_size or vocab_size,
+        vocab_size=table_size(text, vocab_size),
         max_tokens=text.max_tokens,
         pool=text.pool,
     )

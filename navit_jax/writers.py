@@ -4,10 +4,11 @@ One JSON object a line, because that survives a kill with at most its last line 
 is written by tensorboardX; TensorFlow is not needed. Files are local: object stores cannot append.
 """
 
+import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from navit_jax.distributed import is_lead
 def open_writer(folder: str | os.PathLike, resume_step: int | None) -> "MetricWriter | Silent":
     """The run's writer in process 0, one that writes nothing in the others."""
     return MetricWriter(folder, resume_step) if is_lead() else Silent()
+
+
+def write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """A CSV file with a column for each field of the first row."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
 
 
 class Silent:

@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from picture_files import picture, write
 
 from configs import navit_clip_quickstart
 from input_pipeline import stream
@@ -15,20 +15,6 @@ from input_pipeline.errors import UserError
 from input_pipeline.sources import open_source
 from input_pipeline.sources.captions import CAPTION_FILES
 from input_pipeline.sources.problems import check_share, report
-
-
-def picture(i: int) -> bytes:
-    """A PNG of (3 + i) x 5 pixels, all of value i."""
-    file = io.BytesIO()
-    Image.fromarray(np.full((3 + i, 5, 3), i, np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write(root, names):
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i % 100))
 
 
 def lines(rows, ending, columns=("file_name", "text")) -> bytes:

@@ -20,15 +20,9 @@ from navit_jax.plan import hlo
 
 def tiny(**fields):
     config = navit_clip_quickstart.get_config()
-    config.model.update(width=32, depth=2, heads=2, mlp_dim=64)
     config.text.update(width=32, depth=2, heads=2, mlp_dim=64)
     config.contrastive.update(embed_dim=16, block=16)
-    config.packing.update(row_length=32, rows_per_step=8)
-    config.optim.update(lr=1e-3, schedule="constant", warmup_steps=2, cooldown_steps=0)
-    config.update(total_steps=12, log_every_steps=1, checkpoint_every_steps=4)
-    config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=8)
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    return config
+    return test_train.shrink(config, 8, **fields)
 
 
 @pytest.fixture(scope="module")

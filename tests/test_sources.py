@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from picture_files import picture, write
 from PIL import Image
 
 from configs import base
@@ -26,20 +27,6 @@ from input_pipeline.sources.shapes import CLASS_NAMES
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NAVIT_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def picture(i: int) -> bytes:
-    """A PNG of (3 + i) x 5 pixels, all of value i."""
-    file = io.BytesIO()
-    Image.fromarray(np.full((3 + i, 5, 3), i, np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write(root, names):
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i % 200))
 
 
 def example(i: int, **fields) -> bytes:

@@ -21,15 +21,19 @@ from navit_jax import checkpoint, console
 ROOT = Path(train.__file__).parent
 
 
-def tiny(**fields):
-    config = quickstart.get_config()
+def shrink(config, rows, **fields):
+    """A recipe as a run of seconds, with these fields changed, named as data__source."""
     config.model.update(width=32, depth=2, heads=2, mlp_dim=64)
-    config.packing.update(row_length=32, rows_per_step=2)
+    config.packing.update(row_length=32, rows_per_step=rows)
     config.optim.update(lr=1e-3, schedule="constant", warmup_steps=2, cooldown_steps=0)
     config.update(total_steps=12, log_every_steps=1, checkpoint_every_steps=4)
-    config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=2)
+    config.eval.update(token_budgets=(9, 16), max_examples=40, rows_per_step=rows)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
+
+
+def tiny(**fields):
+    return shrink(quickstart.get_config(), 2, **fields)
 
 
 def changed(old, new, prefix=""):

@@ -12,9 +12,9 @@ import numpy as np
 
 from input_pipeline.errors import UserError
 from input_pipeline.sources import paths
-from input_pipeline.sources.base import Record, Source, choose_split, digest, log, select, unsplit_part
+from input_pipeline.sources.base import Source, choose_split, digest, log, select, unsplit_part
 from input_pipeline.sources.caption_file import Row, read_rows
-from input_pipeline.sources.files import IMAGE_ENDINGS, SPLITS, FolderSource
+from input_pipeline.sources.files import IMAGE_ENDINGS, SPLITS, FolderSource, ImageFiles
 from input_pipeline.sources.records import Fields
 
 VERSION = 2  # raise when other rows of a captions file are used
@@ -40,7 +40,7 @@ def open_folder(path: str, split: str, fields: Fields, hold_out: bool = True) ->
     return FolderSource(path, split, hold_out)
 
 
-class CaptionsSource:
+class CaptionsSource(ImageFiles):
     """Images of a folder by the rows of its captions file; see `input_pipeline.sources.base.Source`.
 
     part: all, kept or held out (a hash of the file name, so all captions of an image fall on one side). subset: whether
@@ -91,16 +91,6 @@ class CaptionsSource:
         texts = [row.text.encode() for row in rows]
         self._texts, self._ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, i: int) -> Record:
-        return Record(paths.read(self.describe(i)), int(self._labels[i]))
-
-    def head(self, i: int, num_bytes: int) -> bytes:
-        """The first bytes of an image."""
-        return paths.read(self.describe(i), 0, num_bytes)
-
     def text(self, i: int) -> str:
         return self._texts[self._ends[i] : self._ends[i + 1]].decode()
 
@@ -110,12 +100,6 @@ class CaptionsSource:
     def image_numbers(self) -> np.ndarray:
         """[N] int32, equal for the texts of one image."""
         return self._images
-
-    def known_sizes(self) -> None:
-        return None
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
 
 
 def _captions_file(folder: str) -> str:

@@ -21,7 +21,30 @@ IMAGE_ENDINGS = (
 LAYOUT = "expected images in one folder a class, PATH/cat/1.jpg, or PATH/train/cat/1.jpg and PATH/val/cat/2.jpg"
 
 
-class FolderSource:
+class ImageFiles:
+    """The part of a source of image files that depends on `describe`, `_labels` and `_fingerprint` alone."""
+
+    _labels: np.ndarray
+    _fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(paths.read(self.describe(i)), int(self._labels[i]))
+
+    def head(self, i: int, num_bytes: int) -> bytes:
+        """The first bytes of an image."""
+        return paths.read(self.describe(i), 0, num_bytes)
+
+    def known_sizes(self) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+class FolderSource(ImageFiles):
     """Images of one split of a folder; see `input_pipeline.sources.base.Source`.
 
     Class numbers are the sorted order of the class folders' names.
@@ -51,28 +74,12 @@ class FolderSource:
         self._names = np.array([os.fsencode(file.name) for file in images])
         self._fingerprint = digest("folder", *self.class_names, paths.fingerprint(images))
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: int) -> Record:
-        return Record(paths.read(self.describe(i)), int(self._labels[i]))
-
-    def head(self, i: int, num_bytes: int) -> bytes:
-        """The first bytes of an image."""
-        return paths.read(self.describe(i), 0, num_bytes)
-
     def text(self, i: int) -> str:
         """None: captions come with a captions file, see `input_pipeline.sources.captions`."""
         return ""
 
     def describe(self, i: int) -> str:
         return f"{self.root}/{os.fsdecode(self._names[i])}"
-
-    def known_sizes(self) -> None:
-        return None
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
 
 
 def split_folders(names: list[str]) -> list[str]:

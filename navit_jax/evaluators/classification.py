@@ -4,8 +4,7 @@ Scores are made in numpy from the logits of real slots, so they do not depend on
 is not finite raises: compared with anything it would look like the best one.
 """
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from sklearn.metrics import average_precision_score
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch
-from navit_jax import plots
+from navit_jax import plots, writers
 from navit_jax.evaluators.outputs import LOGITS, Forward, Rows, Seen, read
 
 
@@ -36,7 +35,7 @@ class Predictions(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Of what `at_budgets` gives: prefix of its scores, file of its table and picture without an ending, its title."""
+    """Of what `report` gives: prefix of its scores, file of its table and picture without an ending, its title."""
 
     prefix: str
     file: str
@@ -135,16 +134,15 @@ def at_budgets(
     multi_label: bool,
     probabilities: str,
     workdir: Path,
-    names: Names = EVAL,
 ) -> dict[str, float]:
     """The scores of `run` at each token budget, the keys of `loaders`: `eval/top1@256`, ..., and `eval/images`.
 
-    Writes accuracy_over_tokens.csv and .png into workdir; `names` may say otherwise. The model compiles once if all
-    loaders have the same L and K. Options and errors are those of `run`.
+    Writes accuracy_over_tokens.csv and .png into workdir. The model compiles once if all loaders have the same L and K.
+    Options and errors are those of `run`.
     """
     options = dict(num_classes=num_classes, multi_label=multi_label, probabilities=probabilities)
     found = {budget: run(forward, params, loader, put, **options) for budget, loader in loaders.items()}
-    return report(found, multi_label, workdir, names)
+    return report(found, multi_label, workdir, EVAL)
 
 
 def report(
@@ -156,7 +154,9 @@ def report(
         named |= {f"{names.prefix}/{name}": row[name] for name in _WHOLE}
         named |= {f"{names.prefix}/{k}@{row['budget']}": v for k, v in row.items() if k not in ("budget", *_WHOLE)}
     if jax.process_index() == 0:
-        _write(rows, Path(workdir), "map" if multi_label else "top1", names)
+        path = Path(workdir) / names.file
+        writers.write_table(rows, path.with_suffix(".csv"))
+        plots.accuracy_over_tokens(rows, "map" if multi_label else "top1", path.with_suffix(".png"), names.title)
     return named
 
 
@@ -187,11 +187,3 @@ def judge(
     first = np.arange(logits.shape[1]) < label[:, None]
     rank = ((logits > mine) | ((logits == mine) & first)).sum(1)
     return logits.argmax(1), confidence, np.where(has, rank, -1), kept
-
-
-def _write(rows: Sequence[dict], workdir: Path, score: str, names: Names) -> None:
-    with (workdir / f"{names.file}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plots.accuracy_over_tokens(rows, score, workdir / f"{names.file}.png", names.title)

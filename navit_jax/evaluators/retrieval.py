@@ -6,7 +6,6 @@ as high as the best hit comes before it, so that vectors which are all the same 
 a float32 product depends on the shape of its block by more than what tells a tie.
 """
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from input_pipeline.errors import UserError
-from navit_jax import plots
+from navit_jax import plots, writers
 from navit_jax.evaluators import texts
 from navit_jax.evaluators.outputs import Seen
 
@@ -98,7 +97,8 @@ def run(
         named |= {f"retrieval/{name}@{budget}": value for name, value in found.items()}
         named["retrieval/images"] = len(x_NE)
     if jax.process_index() == 0:
-        _write(table, Path(workdir))
+        writers.write_table(table, Path(workdir) / "retrieval.csv")
+        plots.retrieval_over_tokens(table, AT, Path(workdir) / "retrieval_over_tokens.png")
     return named
 
 
@@ -146,11 +146,3 @@ def _blocks(numbers_NC: np.ndarray, number_M: np.ndarray, block: int) -> Iterato
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return x.astype(np.float64) @ y.astype(np.float64).T
-
-
-def _write(table: Sequence[dict], workdir: Path) -> None:
-    with (workdir / "retrieval.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    plots.retrieval_over_tokens(table, AT, workdir / "retrieval_over_tokens.png")
