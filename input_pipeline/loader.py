@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from input_pipeline.errors import UserError
-from input_pipeline.packed import Batch, Packed, Pairs
+from input_pipeline.packed import Batch, Pairs, stack
 from input_pipeline.packing import Planner, RowPlan
 from input_pipeline.pairing import StepTexts
 from input_pipeline.rows import Row, RowBuilder, empty_row
@@ -106,11 +106,11 @@ def _stack(rows: Sequence[tuple[Row | Exception, dict | None]]) -> tuple[Batch, 
         if isinstance(row, Exception):
             return row
     built = [row for row, _ in rows]
-    images = Packed(*(np.stack(field) for field in zip(*(row.images for row in built))))
+    images = stack([row.images for row in built])
     pairs = None
     if built[0].pairs is not None:
         texts, *ids = zip(*(row.pairs for row in built), strict=True)
-        pairs = Pairs(Packed(*map(np.stack, zip(*texts, strict=True))), *map(np.stack, ids))
+        pairs = Pairs(stack(texts), *map(np.stack, ids))
     batch = Batch(images, np.stack([row.labels for row in built]), np.stack([row.index for row in built]), pairs)
     return batch, Info(rows[-1][1], tuple(bad for row in built for bad in row.bad))
 

@@ -4,9 +4,12 @@ A `NamedTuple` because jax and grain both treat it as a pytree, and numpy alone 
 so loader processes never start an accelerator runtime for it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from input_pipeline.capacity import Capacity
 
 
 class Packed(NamedTuple):
@@ -16,12 +19,24 @@ class Packed(NamedTuple):
     segment_ids: [B, L] int32, 1..K = slot of the row, 0 = padding; contiguous, ascending, padding last.
     coords: [B, L, 3] int32, (t, y, x) of the patch in its own grid, in (t, y, x) order within a segment.
     grids: [B, K, 3] int32, (frames, rows, columns) of the full grid before token dropping; 0 = empty slot.
+    capacity: what each group of rows is within, static under jit; None: no promise.
     """
 
     values: np.ndarray
     segment_ids: np.ndarray
     coords: np.ndarray
     grids: np.ndarray
+    capacity: Capacity | None = None
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """values, segment_ids, coords, grids."""
+        return self[:4]
+
+
+def stack(rows: Sequence[Packed], capacity: Capacity | None = None) -> Packed:
+    """A batch of rows, each the fields of `Packed` without their first axis."""
+    return Packed(*map(np.stack, zip(*(row.arrays for row in rows), strict=True)), capacity)
 
 
 class Pairs(NamedTuple):

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.budget import Draws
 from input_pipeline.errors import UserError
-from input_pipeline.packed import Packed
+from input_pipeline.packed import Packed, stack
 from input_pipeline.packing import Planner, RowPlan
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def text_batches(
         mine = [packed[first + r] for r in (range(rows) if local is None else local)]
         built = [_row([ids[i] for i in row], length, slots) for row in mine]
         index = np.stack([np.pad(row, (0, slots - len(row)), constant_values=-1) for row in mine]).astype(np.int32)
-        yield Packed(*(np.stack(field) for field in zip(*built, strict=True))), index
+        yield stack(built), index
 
 
 def _eights(n: int) -> int:

@@ -28,7 +28,7 @@ def make_stream(config, source):
 
 def flat(item):
     batch, info = item
-    return [*batch.images, batch.labels, batch.index], info.snapshot
+    return [*batch.images.arrays, batch.labels, batch.index], info.snapshot
 
 
 def assert_same(a, b):
@@ -82,7 +82,7 @@ def test_processes_read_their_own_rows_of_the_same_step():
 def test_contract_of_a_batch():
     config, source = make_config(), MemorySource()
     for batch, _ in make_stream(config, source).loader(12):
-        values, ids, coords, grids = batch.images
+        values, ids, coords, grids = batch.images.arrays
         assert values.dtype == np.uint8 and values.shape[2] == 8 * 8 * 3
         for r in range(len(ids)):
             used = (ids[r] > 0).sum()

@@ -66,7 +66,7 @@ def wanted(open_stream):
 
 def arrays(batch):
     texts, *ids = batch.pairs
-    return [*batch.images, batch.labels, batch.index, *texts, *ids]
+    return [*batch.images.arrays, batch.labels, batch.index, *texts.arrays, *ids]
 
 
 def assert_same(a, b, rows=slice(None)):
@@ -111,7 +111,7 @@ def test_no_text_twice_no_limit_broken_nothing_left_out_that_fits(lengths, rows,
 
 def check_layout(packed, slots):
     """The rules of `Packed` for texts: ascending segments from 1, padding last, places counted from 0."""
-    values, ids, coords, grids = packed
+    values, ids, coords, grids = packed.arrays
     assert values.dtype == ids.dtype == coords.dtype == grids.dtype == np.int32
     assert grids.shape == (len(values), slots, 3)
     for r in range(len(values)):
@@ -149,7 +149,7 @@ def test_a_list_of_texts_comes_whole_once_in_whole_steps(lengths, rows, length, 
     local = [1 % rows, 0] if rows > 1 else [0]
     parts = pairing.text_batches(ids, rows, length=length, slots=slots, local=local)
     for whole, mine in zip(steps, parts, strict=True):
-        for x, y in zip([*whole[0], whole[1]], [*mine[0], mine[1]], strict=True):
+        for x, y in zip([*whole[0].arrays, whole[1]], [*mine[0].arrays, mine[1]], strict=True):
             assert np.array_equal(x[local], y)
 
 
@@ -332,7 +332,9 @@ def test_the_text_of_a_bad_image_stays_without_a_partner(open_stream, wanted):
         skipped += len(info.bad)
         assert np.array_equal(np.where(bad, -1, a.pairs.example_BK), b.pairs.example_BK)
         assert np.array_equal(np.where(bad, -1, a.pairs.number_BK), b.pairs.number_BK)
-        for x, y in zip([*a.pairs.texts, a.pairs.example_BM], [*b.pairs.texts, b.pairs.example_BM], strict=True):
+        for x, y in zip(
+            [*a.pairs.texts.arrays, a.pairs.example_BM], [*b.pairs.texts.arrays, b.pairs.example_BM], strict=True
+        ):
             assert np.array_equal(x, y)
         assert np.isin(a.pairs.example_BK[bad], b.pairs.example_BM).all()
     assert skipped >= 2

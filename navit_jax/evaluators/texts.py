@@ -37,7 +37,7 @@ def encode(
         parts.append((index_BM[real_BM], np.asarray(z_BME)[real_BM].astype(np.float32)))
 
     for packed, index_BM in text_batches(ids, rows):
-        here = packed if local is None else Packed(*(x[list(local)] for x in packed))
+        here = packed if local is None else Packed(*(x[list(local)] for x in packed.arrays))
         done, pending = pending, (index_BM, forward_texts(params, put(here)))
         if done:
             read(*done)
