@@ -13,18 +13,53 @@ import numpy as np
 
 from benchmarks.images import LABELS, make_images
 from configs import base
-from input_pipeline import packing, patches
-from input_pipeline.budget import Draws
+from input_pipeline import patches
+from input_pipeline.capacity import Capacity
 from input_pipeline.packed import Batch, Packed
 from navit_jax import objectives, optim, sharding, train_step
 
 
 def plan_rows(grids_I2: np.ndarray, length: int) -> list[list[int]]:
-    """Which images lie in which row, by the run's own planner."""
-    tokens = grids_I2.prod(1)
-    draw = lambda at: Draws(at, np.zeros((len(at), 4)), grids_I2[at], tokens[at])  # noqa: E731
-    planner = packing.Planner(draw, length=length, slots=length, restore_dropped=False, stop=len(tokens))
-    return [plan.positions.tolist() for plan in planner]
+    """Which images lie in which row: the longest that is left, and those that fill the rest of its row best.
+
+    So 64 images fill rows to 98.7 %; the planner of a run has a stream to choose from and fills 99.5 % and more
+    (`benchmarks.packing`).
+    """
+    tokens = grids_I2.prod(1).tolist()
+    left, rows = sorted(range(len(tokens)), key=lambda i: -tokens[i]), []
+    while left:
+        first, *others = left
+        fills = {tokens[first]: [first]}  # tokens in the row: its images
+        for i in others:
+            for used, members in sorted(fills.items(), reverse=True):
+                if used + tokens[i] <= length:
+                    fills.setdefault(used + tokens[i], [*members, i])
+        rows.append(fills[max(fills)])
+        left = [i for i in left if i not in rows[-1]]
+    return rows
+
+
+def promise(grids_I2: np.ndarray, rows: list[list[int]], slabs: int = 6) -> Capacity:
+    """A profile for all rows as one group, with the room to spare that a planned one has: every image an eighth longer,
+
+    and one place in eight more; the slabs that cost attention least.
+    """
+    lengths = np.sort(grids_I2.prod(1))[::-1]
+    longest = lengths[0]
+    room = np.minimum(longest, np.ceil(np.repeat(lengths, 9)[::8] * 1.125 / 8) * 8).astype(int)
+    best = {0: (0.0, ())}  # images covered: (cost, slabs)
+    for _ in range(slabs):
+        for stop in range(len(room), 0, -1):
+            for start in range(stop):
+                if start in best:
+                    count, length = stop - start, int(room[start])
+                    cost = best[start][0] + count * (length**2 + 200 * length)
+                    if stop not in best or cost < best[stop][0]:
+                        best[stop] = (cost, (*best[start][1], (count, length)))
+    merged = {}
+    for count, length in best[len(room)][1]:
+        merged[length] = merged.get(length, 0) + count
+    return Capacity(len(rows), tuple((count, length) for length, count in merged.items()))
 
 
 def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]], length: int, patch: int) -> Batch:
@@ -55,6 +90,7 @@ class Ours:
         grids = np.array(spec["grids"])
         self.images, self.labels = make_images(grids, self.patch)
         self.rows = self.choose_rows(grids)
+        self.capacity = promise(grids, self.rows)
         config = base.get_config()
         config.packing.rows_per_step = len(self.rows)
         config.loss.kind = "softmax"
@@ -72,14 +108,15 @@ class Ours:
         self.run = train_step.make_train_step(self.objective.gradient(self.mesh), tx, self.mesh, places)
         self.host = sharding.put_host(self.mesh, (0.0,))
         flops = self.objective.flops(grids.prod(1), np.zeros(0))
-        self.info = dict(rows=len(self.rows), fill=float(grids.prod() / 1), gflop=flops / 1e9)
-        self.info["fill"] = float(grids.prod(1).sum() / (len(self.rows) * self.length))
+        fill = grids.prod(1).sum() / (len(self.rows) * self.length)
+        self.info = dict(rows=len(self.rows), fill=float(fill), gflop=flops / 1e9, capacity=str(self.capacity))
 
     def choose_rows(self, grids_I2: np.ndarray) -> list[list[int]]:
         return plan_rows(grids_I2, self.length)
 
     def batch(self) -> Batch:
         batch = pack(self.images, self.labels, self.rows, self.length, self.patch)
+        batch = batch._replace(images=batch.images._replace(capacity=self.capacity))
         return sharding.put(self.mesh, batch, len(self.rows))
 
     def step(self) -> dict:
