@@ -4,6 +4,8 @@ Planning draws millions of numbers, and a numpy generator an image would cost 10
 (seed, stream, counter), vectorised, about 20 ns each. Pixel work uses a real generator an example (`generator`).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -34,6 +36,19 @@ def uniform(seed: int, stream: str, counter: np.ndarray) -> np.ndarray:
 def generator(seed: int, stream: str, counter: int) -> np.random.Generator:
     """A numpy generator for one example's pixel work."""
     return np.random.Generator(np.random.Philox(key=int(bits(seed, stream, np.array([counter]))[0])))
+
+
+def generators(seed: int, stream: str, counters: np.ndarray) -> Iterator[np.random.Generator]:
+    """`generator` for each of the counters [n], in turn: use one before the next is taken, as they are one object.
+
+    Making a generator costs 30 us, most of it to hash a single number and to ask the system for a seed; this costs 2.
+    """
+    philox, zeros = np.random.Philox(key=0), np.zeros(4, np.uint64)
+    one = np.random.Generator(philox)
+    for key in bits(seed, stream, counters):
+        state = dict(counter=zeros, key=np.array([key, 0], np.uint64))
+        philox.state = dict(bit_generator="Philox", state=state, buffer=zeros, buffer_pos=4, has_uint32=0, uinteger=0)
+        yield one
 
 
 def permute(position: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:

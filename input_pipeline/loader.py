@@ -50,7 +50,7 @@ class _Rows:
         self._reset()
 
     def _reset(self) -> None:
-        self._planner = Planner(self.builder.sampler, **self.plan)
+        self._planner = Planner(self.builder.draw, **self.plan)
         self._ready: dict[int, _Planned] = {}
         self._lock = threading.Lock()
 
@@ -98,7 +98,7 @@ class _Rows:
             self._ready.pop(row - 64 * self.rows - 4096, None)
 
     def _reset_to_start(self) -> None:
-        self._planner, self._ready = Planner(self.builder.sampler, **self.plan), {}
+        self._planner, self._ready = Planner(self.builder.draw, **self.plan), {}
 
 
 def _stack(rows: Sequence[tuple[Row | Exception, dict | None]]) -> tuple[Batch, Info] | Exception:

@@ -24,11 +24,19 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(image).reshape(height, width, channels)
 
 
-def patchify(image: np.ndarray, patch: int) -> np.ndarray:
-    """[h * p, w * p, C] to [h * w, p * p * C]: patches row by row, values in (row, column, channel) order."""
+def patchify(
+    image: np.ndarray, patch: int, kept: np.ndarray | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """[h * p, w * p, C] to [h * w, p * p * C]: patches row by row, values in (row, column, channel) order.
+
+    kept: [n] int64, the only patches wanted, in this order. out: [n, p * p * C] to write into.
+    """
     h, w, channels = image.shape[0] // patch, image.shape[1] // patch, image.shape[2]
     cells = image.reshape(h, patch, w, patch, channels).swapaxes(1, 2)
-    return cells.reshape(h * w, patch * patch * channels)
+    values = cells.reshape(h * w, patch * patch * channels)
+    if kept is None:
+        return values
+    return np.take(values, kept, axis=0, out=out, mode="clip")  # any other mode copies `out` first
 
 
 def unpatchify(values: np.ndarray, coords: np.ndarray, grid: tuple[int, int], patch: int, fill: int) -> np.ndarray:

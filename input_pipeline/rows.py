@@ -4,7 +4,11 @@ In a contrastive run a row of texts comes with it, of the same number but not of
 Everything random comes from a generator keyed on the image's stream position: a row is the same wherever it is built.
 """
 
+import math
+import threading
 from collections.abc import Sequence
+from itertools import repeat
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -36,6 +40,49 @@ class Row(NamedTuple):
     pairs: Pairs | None = None
 
 
+class RecentDraws:
+    """`draw(positions) -> Draws` of a sampler, which remembers the blocks that a planner asked for.
+
+    A row's few images would cost as much to draw again as a whole block of 1024: 0.1 ms an image at four a row.
+    """
+
+    BLOCK, BLOCKS = 1024, 256  # 64 KB each
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+        self._lock, self._blocks = threading.Lock(), {}
+
+    def __getstate__(self) -> dict:
+        return dict(sampler=self.sampler)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["sampler"])
+
+    def __call__(self, positions: np.ndarray) -> Draws:
+        number, first = divmod(int(positions[0]), self.BLOCK) if len(positions) else (0, 1)
+        if first == 0 and 1 < len(positions) <= self.BLOCK and positions[-1] - positions[0] == len(positions) - 1:
+            drawn = self.sampler(positions)
+            with self._lock:
+                if number not in self._blocks or len(positions) > len(self._blocks[number].index):
+                    self._blocks[number] = drawn
+                if len(self._blocks) > self.BLOCKS:
+                    del self._blocks[next(iter(self._blocks))]
+            return drawn
+        return self._recall(positions) or self.sampler(positions)
+
+    def _recall(self, positions: np.ndarray) -> Draws | None:
+        """From the blocks; None where one of them is not there."""
+        numbers, places = np.divmod(positions, self.BLOCK)
+        with self._lock:
+            blocks = [self._blocks.get(number) for number in numbers.tolist()]
+        if any(block is None for block in blocks):
+            return None
+        each = list(zip(blocks, places.tolist(), strict=True))
+        if any(place >= len(block.index) for block, place in each):
+            return None
+        return Draws(*(np.array([block[field][place] for block, place in each]) for field in range(len(Draws._fields))))
+
+
 class RowBuilder:
     """`builder(plan) -> Row` for one source and sampler; `soft` labels are [K, C] rather than [K].
 
@@ -61,19 +108,29 @@ class RowBuilder:
         self.dtype = np.uint16 if config.data.bits == 16 else np.uint8
         self.mixup = config.augment.mixup if self.train else 0.0
         self.soft = config.data.multi_label or bool(self.mixup)
+        # Plain values, as a look-up in a ConfigDict costs 5 us and an image would need 14 of them.
+        self.seed, data, changes = config.seed, config.data, config.augment
+        self.fast = self.train and data.decode == "fast"
+        self.decoding = {name: data[name] for name in ("channels", "bits", "max_pixels")}
+        self.decoding["background"] = tuple(data.background)
+        augmented = self.train and (changes.flip or changes.randaugment_ops or changes.erasing)
+        self.augment = SimpleNamespace(**changes.to_dict()) if augmented else None
+        self.draw = RecentDraws(sampler)
 
     def __call__(self, plan: RowPlan) -> Row:
-        drawn = self.sampler(plan.positions)
+        drawn = self.draw(plan.positions)
         pixels, labels, bad = [], [], []
-        for i, position in enumerate(plan.positions):
+        streams = keys.generators(self.seed, "pixels", plan.positions) if self.augment else repeat(None)
+        each = zip(drawn.index.tolist(), drawn.crop.tolist(), drawn.grid.tolist(), streams)  # streams may be endless
+        for index, crop, grid, rng in each:
             try:
-                record = self.source[int(drawn.index[i])]
-                pixels.append(self._pixels(record.data, drawn, i, int(position)))
+                record = self.source[index]
+                pixels.append(self._pixels(record.data, crop, grid, rng))
                 labels.append(self._target(record.label))
             except (DecodeError, OSError) as error:
                 pixels.append(None)
                 labels.append(self._target(-1))
-                bad.append((int(drawn.index[i]), str(error)))
+                bad.append((index, str(error)))
         if self.mixup:
             pixels, labels = self._mix(pixels, labels, plan.positions)
         return self._assemble(plan, drawn, pixels, labels, tuple(bad))
@@ -94,26 +151,19 @@ class RowBuilder:
         of_K = pairing.image_ids(self.texts, self.files, int(step.first[row]), index)
         return Pairs(packed, *(ids for both in zip(of_K, of_M, strict=True) for ids in both))
 
-    def _pixels(self, data: bytes | np.ndarray, drawn: Draws, i: int, position: int) -> np.ndarray:
+    def _pixels(
+        self, data: bytes | np.ndarray, crop: list[float], grid: list[int], rng: np.random.Generator | None
+    ) -> np.ndarray:
         """The image at its drawn size, [rows * p, columns * p, C]."""
-        cfg, patch = self.config.data, self.sampler.patch
-        (height, width), (top, left, crop_h, crop_w) = drawn.grid[i] * patch, drawn.crop[i]
-        fast = cfg.decode == "fast" and self.train
-        image = decode.decode(
-            data,
-            channels=cfg.channels,
-            bits=cfg.bits,
-            background=tuple(cfg.background),
-            max_pixels=cfg.max_pixels,
-            at_least=(int(np.ceil(height / crop_h)), int(np.ceil(width / crop_w))) if fast else None,
-        )
+        height, width = (side * self.sampler.patch for side in grid)
+        top, left, crop_h, crop_w = crop
+        at_least = (math.ceil(height / crop_h), math.ceil(width / crop_w)) if self.fast else None
+        image = decode.decode(data, **self.decoding, at_least=at_least)
         h, w = image.shape[:2]
         y, x = int(top * h), int(left * w)
         image = image[y : max(y + 1, round((top + crop_h) * h)), x : max(x + 1, round((left + crop_w) * w))]
-        image = resize(image, int(height), int(width))
-        if self.train:
-            image = augment.augment(image, self.config.augment, keys.generator(self.config.seed, "pixels", position))
-        return image
+        image = resize(image, height, width)
+        return augment.augment(image, self.augment, rng) if self.augment else image
 
     def _target(self, label: int | tuple[int, ...]) -> np.ndarray:
         if not self.soft:
@@ -140,28 +190,30 @@ class RowBuilder:
         return mixed, targets
 
     def _assemble(self, plan: RowPlan, drawn: Draws, pixels: list, labels: list, bad: tuple) -> Row:
-        row = empty_row(self)
+        row, patch = empty_row(self), self.sampler.patch
         images, cursor = row.images, 0
-        for slot, (image, keep) in enumerate(zip(pixels, plan.keep, strict=True)):
+        streams = keys.generators(self.seed, "tokens", plan.positions)
+        each = zip(pixels, drawn.grid.tolist(), plan.keep.tolist(), streams, strict=True)
+        for slot, (image, (rows, columns), keep, rng) in enumerate(each):
             row.labels[slot] = labels[slot]
             if image is None:
                 continue
-            rows, columns = drawn.grid[slot]
-            kept = self._kept(int(rows * columns), int(keep), int(plan.positions[slot]))
-            here = slice(cursor, cursor + len(kept))
-            images.values[here] = patchify(image, self.sampler.patch)[kept]
+            kept = _kept(rows * columns, keep, rng)
+            here = slice(cursor, cursor + keep)
+            patchify(image, patch, kept, out=images.values[here])
             images.segment_ids[here] = slot + 1
-            images.coords[here, 1], images.coords[here, 2] = kept // columns, kept % columns
+            images.coords[here, 1], images.coords[here, 2] = np.divmod(kept, columns)
             images.grids[slot] = (1, rows, columns)
             row.index[slot] = drawn.index[slot]
-            cursor += len(kept)
+            cursor += keep
         return row._replace(bad=bad)
 
-    def _kept(self, tokens: int, keep: int, position: int) -> np.ndarray:
-        """Which tokens stay, ascending: the first `keep` of the example's own shuffle, so more budget only adds."""
-        if keep == tokens:
-            return np.arange(tokens)
-        return np.sort(keys.generator(self.config.seed, "tokens", position).permutation(tokens)[:keep])
+
+def _kept(tokens: int, keep: int, rng: np.random.Generator) -> np.ndarray:
+    """Which tokens stay, ascending: the first `keep` of the example's own shuffle, so more budget only adds."""
+    if keep == tokens:
+        return np.arange(tokens)
+    return np.sort(rng.permutation(tokens)[:keep])
 
 
 def empty_row(builder: RowBuilder) -> Row:
