@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from navit_jax import pooling, positions, sharding, transformer
-from navit_jax.attention import make_groups
 from navit_jax.patch_embed import PatchEmbed
 
 SIZES = {  # width, depth, heads, mlp_dim
@@ -128,7 +127,7 @@ class NaViT(nnx.Module):
         ids_BL = images.segment_ids
         if cfg.registers:
             x_BLD, ids_BL, rope = self._append_registers(x_BLD, ids_BL, rope, slots)
-        groups = make_groups(ids_BL, contiguous=not cfg.registers)
+        groups = transformer.make_groups(cfg, ids_BL, images.capacity, contiguous=not cfg.registers)
         x_BLD = transformer.encode(cfg, self.blocks, x_BLD, groups, slots=slots, rope=rope, key=blocks_key)
         return self.norm(x_BLD[:, :length])
 

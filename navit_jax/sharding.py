@@ -133,6 +133,12 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(BATCH if axis == "B" else None for axis in axes)))
 
 
+def row_shards() -> int:
+    """Into how many parts the rows are split under a step's mesh; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH]))
+
+
 def under(mesh: Mesh) -> Any:
     """The context in which `constrain` pins: open it inside of the function that is compiled."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -16,7 +16,6 @@ from flax import nnx
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from navit_jax import pooling, sharding, transformer
-from navit_jax.attention import make_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class TextTower(nnx.Module):
         rows_BTD = rows_BTD + jnp.matmul(place_BTS, self.positions[...], precision=pooling.EXACT)
         x_BTD = sharding.constrain(rows_BTD.astype(cfg.compute_dtype), "BTD")
         x_BTD = transformer.dropout(x_BTD, cfg.dropout, embed_key)
-        groups = make_groups(texts.segment_ids)
+        groups = transformer.make_groups(cfg, texts.segment_ids, texts.capacity, contiguous=True)
         x_BTD = self.norm(transformer.encode(cfg, self.blocks, x_BTD, groups, slots=slots, key=blocks_key))
         pools = {"last": pooling.last_pool, "mean": pooling.mean_pool}
         pool = self.pool if cfg.pool == "map" else pools[cfg.pool]

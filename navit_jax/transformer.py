@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from navit_jax import attention, positions, sharding
+from navit_jax.attention import Groups
 
 REMAT = {
     "none": None,
@@ -53,7 +55,11 @@ class EncoderConfig:
         for field, known in (("remat", REMAT), ("dtype", DTYPES)):
             if getattr(self, field) not in known:
                 raise UserError(f"model.{field} is {getattr(self, field)!r}; it must be one of {', '.join(known)}")
-        attention.choose(self.attention)
+        attention.check(self.attention)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -146,17 +152,16 @@ class Attention(nnx.Module):
         self.q, self.k, self.v = (dense((cfg.width,), heads) for _ in range(3))
         self.out = dense(heads, (cfg.width,))
         self.q_norm, self.k_norm = (LayerNorm(heads[1], bias=cfg.bias) if cfg.qk_norm else None for _ in range(2))
-        self.backend = cfg.attention
 
     def __call__(
-        self, x_BLD: jax.Array, groups: attention.Groups, rope: tuple[jax.Array, jax.Array] | None
+        self, x_BLD: jax.Array, groups: Groups, rope: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
         q_BLNH, k_BLNH, v_BLNH = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         if self.q_norm is not None:
             q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
         if rope is not None:
             q_BLNH, k_BLNH = positions.rotate(q_BLNH, rope), positions.rotate(k_BLNH, rope)
-        return self.out(attention.attend(q_BLNH, k_BLNH, v_BLNH, groups, backend=self.backend))
+        return self.out(attention.attend(q_BLNH, k_BLNH, v_BLNH, groups))
 
 
 class Block(nnx.Module):
@@ -167,10 +172,22 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp = Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, groups: attention.Groups, rope: tuple | None, branch: Callable) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple | None, branch: Callable) -> jax.Array:
         """branch(y_BLD, i) is what reaches the residual of branch i: y, or y after dropout and stochastic depth."""
         x_BLD = x_BLD + branch(self.attn(self.attn_norm(x_BLD), groups, rope), 0)
         return x_BLD + branch(self.mlp(self.mlp_norm(x_BLD)), 1)
+
+
+def make_groups(cfg: EncoderConfig, ids_BL: jax.Array, capacity: Capacity | None, *, contiguous: bool) -> Groups:
+    """`attention.make_groups` with the backend, head size and dtype of this encoder."""
+    return attention.make_groups(
+        ids_BL,
+        contiguous=contiguous,
+        capacity=capacity,
+        backend=cfg.attention,
+        head_dim=cfg.head_dim,
+        dtype=cfg.compute_dtype,
+    )
 
 
 def stack_blocks(cfg: EncoderConfig, *, rngs: nnx.Rngs) -> Block:
@@ -188,7 +205,7 @@ def encode(
     cfg: EncoderConfig,
     blocks: Block,
     x_BLD: jax.Array,
-    groups: attention.Groups,
+    groups: Groups,
     *,
     slots: int,
     rope: tuple[jax.Array, jax.Array] | None = None,

@@ -1,54 +1,119 @@
 """Self-attention inside groups of tokens: one function, and the readable rule that picks its backend.
 
 Callers pass groups, not a mask: a dense mask is L x L a row and hides which tokens lie together, which is what a faster
-backend lives on. Group metadata is made once a step, outside the layers.
+backend lives on. The backend is chosen, and what it needs to know of the groups is made, once a step, outside the
+layers. A backend is a file with `unavailable(case)`, `prepare(ids_BL, capacity)` and `attend(q, k, v, ids_BL,
+prepared)`.
 """
 
+import functools
+import importlib
+import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
-from navit_jax.attention import dense
+from navit_jax import sharding
 
-BACKENDS = {"dense": dense.attend}
+log = logging.getLogger(__name__)
+BACKENDS = ("dense", "slabs", "tiles", "splash", "flash", "cudnn")
+
+jax.tree_util.register_static(Capacity)  # here, as the half that plans rows does not know of jax
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["ids_BL"], meta_fields=["contiguous"])
+@dataclass(frozen=True)
+class Case:
+    """What the rule decides on. rows: B on one device. contiguous: groups' tokens lie side by side."""
+
+    platform: str  # cpu, gpu or tpu
+    rows: int
+    length: int
+    head_dim: int
+    dtype: jnp.dtype
+    contiguous: bool
+    capacity: Capacity | None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["ids_BL", "prepared"], meta_fields=["backend"])
 @dataclass(frozen=True)
 class Groups:
     """Which tokens see each other: those of a row with the same id; id 0 is padding.
 
-    ids_BL: [B, L] int32. contiguous: the tokens of a group lie side by side and ids ascend (static under jit).
+    ids_BL: [B, L] int32. backend: that attends (static under jit). prepared: what it needs to know of the ids.
     """
 
     ids_BL: jax.Array
-    contiguous: bool
+    prepared: Any
+    backend: str
 
 
-def make_groups(ids_BL: jax.Array, contiguous: bool = True) -> Groups:
-    """Groups of a step's rows, made once and used by every layer; ids_BL: [B, L] integers, 0 = padding."""
-    return Groups(jnp.asarray(ids_BL, jnp.int32), contiguous)
+def make_groups(
+    ids_BL: jax.Array,
+    *,
+    contiguous: bool = True,
+    capacity: Capacity | None = None,
+    backend: str = "auto",
+    head_dim: int = 64,
+    dtype: jnp.dtype = jnp.float32,
+) -> Groups:
+    """Groups of a step's rows, made once and used by every layer.
+
+    ids_BL: [B, L] integers, 0 = padding. contiguous: the tokens of a group lie side by side and ids ascend.
+    capacity: what the rows were planned to hold. backend: 'auto' or a name. head_dim, dtype: of the queries.
+    Raises UserError for a backend that is unknown or cannot do this.
+    """
+    rows = ids_BL.shape[0] // sharding.row_shards()
+    case = Case(_platform(), rows, ids_BL.shape[1], head_dim, jnp.dtype(dtype), contiguous, capacity)
+    name, ids_BL = choose(backend, case), jnp.asarray(ids_BL, jnp.int32)
+    return Groups(ids_BL, _backend(name).prepare(ids_BL, capacity), name)
 
 
-def choose(backend: str = "auto") -> str:
-    """Name of the backend that will run: 'auto' is dense, the only one so far. Raises UserError for an unknown name."""
-    name = "dense" if backend == "auto" else backend
-    if name not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise UserError(f"unknown attention backend {backend!r}; there are {known}: set model.attention to one of them")
-    return name
-
-
-def attend(
-    q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, groups: Groups, *, backend: str = "auto"
-) -> jax.Array:
+def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, groups: Groups) -> jax.Array:
     """Self-attention within groups; padding (id 0) attends to nothing and returns 0.
 
     q, k, v: [B, L, N, H], any one float dtype, logits scaled by 1/sqrt(H); logits and softmax are float32.
-    Returns [B, L, N, H] in that dtype. Raises UserError for an unknown backend.
-    Source: Dehghani et al. 2023 (NaViT), section 2.1.
+    Returns [B, L, N, H] in that dtype. Source: Dehghani et al. 2023 (NaViT), section 2.1.
     """
-    return BACKENDS[choose(backend)](q_BLNH, k_BLNH, v_BLNH, groups.ids_BL)
+    return _backend(groups.backend).attend(q_BLNH, k_BLNH, v_BLNH, groups.ids_BL, groups.prepared)
+
+
+def check(setting: str) -> None:
+    """Raises UserError for a name that is neither 'auto' nor a backend."""
+    if setting not in ("auto", *BACKENDS):
+        known = ", ".join(["auto", *BACKENDS])
+        raise UserError(f"unknown attention backend {setting!r}; there are {known}: set model.attention to one of them")
+
+
+@functools.cache
+def choose(setting: str, case: Case) -> str:
+    """The backend that will run: the setting, or with 'auto' the first of the rule that can. Raises UserError."""
+    check(setting)
+    if setting != "auto":
+        if reason := _backend(setting).unavailable(case):
+            raise UserError(f"model.attention is {setting!r}, which cannot run here: {reason}. Set it to 'auto'.")
+        return setting
+    name = next(name for name in rule(case) if not _backend(name).unavailable(case))
+    log.info("attention over rows of %d tokens on %s: %s", case.length, case.platform, name)
+    return name
+
+
+def rule(case: Case) -> tuple[str, ...]:
+    """Backends in the order of preference; `dense` can always run."""
+    if case.platform == "cpu":
+        return ("slabs", "tiles", "dense") if case.length > 256 else ("dense",)
+    if case.platform == "tpu":
+        return ("splash", "dense") if case.length > 512 else ("dense",)
+    return ("cudnn", "slabs", "dense") if case.length > 512 else ("cudnn", "dense")
+
+
+def _platform() -> str:
+    return jax.default_backend()
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"navit_jax.attention.{name}")

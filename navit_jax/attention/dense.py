@@ -9,15 +9,32 @@ operands, which a CPU does at half speed, into plain ones by transposing the thi
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.capacity import Capacity
+
 MASKED = -1e30  # finite: -inf would give NaN gradients in rows that are all padding
 
 
-@jax.custom_vjp
-def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> jax.Array:
+def unavailable(case: object) -> str:
+    """Runs everywhere."""
+    return ""
+
+
+def prepare(ids_BL: jax.Array, capacity: Capacity | None) -> None:
+    """Needs nothing but the ids."""
+
+
+def attend(
+    q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: None = None
+) -> jax.Array:
     """Softmax attention among tokens of equal id; outputs and gradients of id 0 are exactly 0.
 
     q, k, v: [B, L, N, H] of one float dtype; ids: [B, L] int32. Returns [B, L, N, H] in that dtype; float32 inside.
     """
+    return _attend(q_BLNH, k_BLNH, v_BLNH, ids_BL)
+
+
+@jax.custom_vjp
+def _attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> jax.Array:
     return _forward(q_BLNH, k_BLNH, v_BLNH, ids_BL)[0]
 
 
@@ -45,7 +62,7 @@ def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array,
     return *(x.swapaxes(1, 2).astype(q.dtype) for x in (d_q, d_k, d_v)), None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _logits(q_BNLH: jax.Array, k_BNMH: jax.Array, ids_BL: jax.Array) -> jax.Array:
