@@ -1,27 +1,48 @@
 """Pixels to tokens: resize to the grid, cut into patches, keep the chosen ones.
 
-OpenCV because its resize is 2-4x as fast as Pillow's; area averaging where an axis shrinks (it does not alias) and
-linear where it grows.
+An axis that shrinks by r is averaged over a box r pixels wide, whose last pixels count in part, and sampled with a
+cubic. OpenCV vectorises both, but not its area averaging, which takes 2-3 times as long and was half of an image's
+time. On photographs it is as near to Pillow's antialiased bicubic: 2 dB less at r = 2.9, 1 less to 3 more elsewhere
+from 1.3 to 8 and 9 more at 1.1 (40-51 dB), and 44-55 dB from area averaging.
 """
+
+import functools
 
 import cv2
 import numpy as np
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism; OpenCV's own would fight them
+MOST_SHRINK = 8  # above it the filter's many taps on every pixel cost more than area averaging
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """[h, w, C] uint8 or uint16 to [height, width, C], antialiased."""
-    if image.shape[2] > 4:  # OpenCV's area resize takes four channels at most
+    if image.shape[2] > 4:  # OpenCV's limit
         parts = [resize(image[:, :, c : c + 4], height, width) for c in range(0, image.shape[2], 4)]
         return np.concatenate(parts, axis=2)
     h, w, channels = image.shape
-    if height < h or width < w:
-        small = (min(w, width), min(h, height))
-        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    if h > MOST_SHRINK * height or w > MOST_SHRINK * width:
+        image = cv2.resize(image, (min(w, width), min(h, height)), interpolation=cv2.INTER_AREA)
+    elif h > height or w > width:
+        image = cv2.sepFilter2D(image, -1, _box(w, width), _box(h, height))
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     if image.shape[:2] != (height, width):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.ascontiguousarray(image).reshape(height, width, channels)
+
+
+@functools.lru_cache(4096)
+def _box(size: int, target: int) -> np.ndarray:
+    """Weights [2 k + 1] float32 of a centred box size / target pixels wide, 1 where the axis does not shrink.
+
+    In whole 1/256, which OpenCV's filter of 8 bits rounds to, so that they add up to 1 and keep the brightness.
+    """
+    width = max(1.0, size / target)
+    whole = int((width - 1) / 2)
+    part = (width - 1) / 2 - whole
+    weights = np.round(256 * np.array([part, *[1.0] * (2 * whole + 1), part]) / width)
+    weights[whole + 1] += 256 - weights.sum()
+    return np.trim_zeros(weights / 256).astype(np.float32)
 
 
 def patchify(

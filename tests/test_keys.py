@@ -32,3 +32,11 @@ def test_uniform_is_uniform_and_streams_are_independent():
 
 def test_a_draw_depends_on_its_counter_alone():
     assert np.array_equal(keys.uniform(3, "x", np.arange(100))[50:], keys.uniform(3, "x", np.arange(50, 100)))
+
+
+def test_generators_in_turn_are_the_generators():
+    counters = np.array([3, 70_000, 2**40])
+    for counter, rng in zip(counters, keys.generators(5, "tokens", counters), strict=True):
+        again = keys.generator(5, "tokens", int(counter))
+        assert np.array_equal(rng.permutation(100), again.permutation(100)) and rng.random() == again.random()
+        rng.integers(0, 100, 3, np.uint32)  # leaves half a word behind

@@ -7,6 +7,7 @@ import pytest
 from memory_source import MemorySource
 
 from configs import base
+from input_pipeline import rows as building
 from input_pipeline import stream
 from input_pipeline.errors import UserError
 
@@ -96,6 +97,15 @@ def test_contract_of_a_batch():
                     order = here[:, 1] * columns + here[:, 2]
                     assert (np.diff(order) > 0).all() and order[-1] < rows * columns and (here[:, 0] == 0).all()
                     assert batch.labels[r, slot] == batch.index[r, slot] % 3
+
+
+def test_recent_draws_are_the_samplers():
+    sampler = make_stream(make_config(), MemorySource()).sampler
+    draw = building.RecentDraws(sampler)
+    for asked in (np.arange(1024), np.array([1024, 1025]), np.arange(1024, 2048), np.array([5, 1020, 1024, 2047])):
+        for positions in (asked, np.array([3, 900, 1500]), np.array([7, 5000])):
+            for found, wanted in zip(draw(positions), sampler(positions), strict=True):
+                assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
 
 
 def test_every_image_once_an_epoch():

@@ -1,7 +1,9 @@
+import cv2
 import numpy as np
 import pytest
 from einops import rearrange
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from configs import base
 from input_pipeline import augment, patches
@@ -28,6 +30,31 @@ def test_resize_is_close_to_pillows(size, target, channels):
     for c in range(channels):
         want = np.asarray(Image.fromarray(image[:, :, c]).resize(target[::-1], Image.Resampling.BILINEAR), float)
         assert np.abs(got[:, :, c] - want).mean() < 4
+
+
+@pytest.mark.parametrize("shrink", [1.1, 1.6, 2.3, 2.9, 3.5, 5.3, 7.8, 9.0])
+def test_resize_is_as_near_to_pillows_bicubic_as_area_averaging_is(shrink):
+    for photo in load_sample_images().images:
+        height, width = (round(side / shrink) for side in photo.shape[:2])
+        wanted = np.asarray(Image.fromarray(photo).resize((width, height), Image.Resampling.BICUBIC), float)
+        area = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
+        ours, averaged = (20 * np.log10(255 / np.std(x - wanted)) for x in (patches.resize(photo, height, width), area))
+        assert ours > averaged - 2 and ours > 37
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
+def test_resize_keeps_brightness(dtype, value):
+    flat = np.full((90, 120, 3), value, dtype)
+    for shrink in (0.7, 1.1, 1.37, 2.2, 3.3, 5.7, 7.9, 20.0):
+        assert (patches.resize(flat, round(90 / shrink), round(120 / shrink)) == value).all()
+
+
+def test_only_the_kept_patches_are_written():
+    image = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
+    kept, out = np.array([1, 7, 14]), np.zeros((3, 192), np.uint8)
+    patches.patchify(image, 8, kept, out=out)
+    assert np.array_equal(out, patches.patchify(image, 8)[kept])
 
 
 def test_resize_does_not_alias():
