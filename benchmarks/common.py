@@ -1,8 +1,8 @@
 """What benchmarks share: paired measurements, the machine and versions that numbers belong to, tables and JSON rows.
 
-A shared machine drifts by tens of percent within a minute, so ours and a peer are measured in turn and the ratio of each
-pair counts; its median is what a table shows. Where both sides need their own threads and memory each runs in its own
-process (`benchmarks.worker`), which is stopped while the other is measured.
+A shared machine drifts by tens of percent within a minute, so ours and a peer are measured in turn and the ratio of
+each pair counts; its median is what a table shows. Where both sides need their own threads and memory each runs in its
+own process (`benchmarks.worker`), which is stopped while the other is measured.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-LABELS = 1000  # classes
+LABELS, PATCH = 1000, 16  # classes; pixels of a patch's side
 
 
 def draw_grids(

@@ -3,7 +3,6 @@
 A step starts from images in memory, as the peers' do: rows of patches are cut and put on the device in it.
 """
 
-import json
 import time
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.images import LABELS, make_images
+from benchmarks.images import LABELS, PATCH, make_images
 from configs import base
 from input_pipeline import patches
 from input_pipeline.capacity import Capacity
@@ -62,20 +61,19 @@ def promise(grids_I2: np.ndarray, rows: list[list[int]], slabs: int = 6) -> Capa
     return Capacity(len(rows), tuple((count, length) for length, count in merged.items()))
 
 
-def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]], length: int, patch: int) -> Batch:
+def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]], length: int) -> Batch:
     """The rows of a step; K is what the fullest row needs."""
     slots = max(map(len, rows))
-    values = np.zeros((len(rows), length, patch * patch * images[0].shape[2]), np.uint8)
+    values = np.zeros((len(rows), length, PATCH * PATCH * images[0].shape[2]), np.uint8)
     ids, coords = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length, 3), np.int32)
     grids, targets = np.zeros((len(rows), slots, 3), np.int32), np.full((len(rows), slots), -1, np.int32)
     index = np.full((len(rows), slots), -1, np.int32)
     for b, members in enumerate(rows):
         start = 0
         for k, i in enumerate(members):
-            cut = patches.patchify(images[i], patch)
-            h, w = images[i].shape[0] // patch, images[i].shape[1] // patch
+            h, w = images[i].shape[0] // PATCH, images[i].shape[1] // PATCH
             stop = start + h * w
-            values[b, start:stop], ids[b, start:stop] = cut, k + 1
+            values[b, start:stop], ids[b, start:stop] = patches.patchify(images[i], PATCH), k + 1
             coords[b, start:stop, 1], coords[b, start:stop, 2] = np.divmod(np.arange(h * w), w)
             grids[b, k], targets[b, k], index[b, k] = (1, h, w), labels[i], i
             start = stop
@@ -83,21 +81,19 @@ def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]]
 
 
 class Ours:
-    """Packed rows of `length` tokens, best fit."""
+    """Packed rows of `length` tokens.
+
+    spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length`; `model`, further fields of config.model.
+    """
 
     def __init__(self, spec: dict):
-        self.spec, self.patch, self.length = spec, 16, spec["length"]
         grids = np.array(spec["grids"])
-        self.images, self.labels = make_images(grids, self.patch)
-        self.rows = self.choose_rows(grids)
-        self.capacity = promise(grids, self.rows)
+        self.images, self.labels = make_images(grids, PATCH)
+        self.place(grids, spec)
         config = base.get_config()
-        config.packing.rows_per_step = len(self.rows)
         config.loss.kind = "softmax"
-        config.model.variant = "Ti/16"
-        config.model.update(spec.get("model", {}))
+        config.model.update(variant="Ti/16", **spec["sizes"], **spec.get("model", {}))
         config.optim.update(lr=1e-4, schedule="constant", weight_decay=(), clip_norm=0.0)  # plain Adam
-        config.optim.update(spec.get("optim", {}))
         self.objective = objectives.make(config, LABELS)
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         tx, _ = optim.make_optimizer(config.optim, self.objective.shapes, 1000)
@@ -107,15 +103,18 @@ class Ours:
         jax.block_until_ready(self.state)
         self.run = train_step.make_train_step(self.objective.gradient(self.mesh), tx, self.mesh, places)
         self.host = sharding.put_host(self.mesh, (0.0,))
-        flops = self.objective.flops(grids.prod(1), np.zeros(0))
-        fill = grids.prod(1).sum() / (len(self.rows) * self.length)
-        self.info = dict(rows=len(self.rows), fill=float(fill), gflop=flops / 1e9, capacity=str(self.capacity))
+        gflop = self.objective.flops(grids.prod(1), np.zeros(0)) / 1e9
+        fill = float(grids.prod(1).sum() / (len(self.rows) * self.length))
+        self.info = dict(rows=len(self.rows), fill=fill, gflop=gflop)
 
-    def choose_rows(self, grids_I2: np.ndarray) -> list[list[int]]:
-        return plan_rows(grids_I2, self.length)
+    def place(self, grids_I2: np.ndarray, spec: dict) -> None:
+        """Chooses the rows, their length and what they promise."""
+        self.length = spec["length"]
+        self.rows = plan_rows(grids_I2, self.length)
+        self.capacity = promise(grids_I2, self.rows)
 
     def batch(self) -> Batch:
-        batch = pack(self.images, self.labels, self.rows, self.length, self.patch)
+        batch = pack(self.images, self.labels, self.rows, self.length)
         batch = batch._replace(images=batch.images._replace(capacity=self.capacity))
         return sharding.put(self.mesh, batch, len(self.rows))
 
@@ -139,14 +138,11 @@ class Ours:
 
 
 class OursPadded(Ours):
-    """The same model with one image a row, padded to the longest."""
+    """The same model with one image a row, padded to the longest: of squares of one size, the usual ViT."""
 
-    def __init__(self, spec: dict):
-        longest = int(np.array(spec["grids"]).prod(1).max())
-        super().__init__(spec | dict(length=longest))
-
-    def choose_rows(self, grids_I2: np.ndarray) -> list[list[int]]:
-        return [[i] for i in range(len(grids_I2))]
+    def place(self, grids_I2: np.ndarray, spec: dict) -> None:
+        self.length, self.capacity = int(grids_I2.prod(1).max()), None
+        self.rows = [[i] for i in range(len(grids_I2))]
 
 
 def gflops(m: int, k: int, n: int) -> float:
@@ -163,7 +159,4 @@ def gflops(m: int, k: int, n: int) -> float:
     return best
 
 
-SIDES = {"ours": Ours, "ours padded": OursPadded, "ours square": OursPadded}
-
-if __name__ == "__main__":
-    print(json.dumps(dict(square=gflops(2048, 2048, 2048), model=gflops(6144, 192, 768))))
+SIDES = {"ours": Ours, "ours padded": OursPadded}

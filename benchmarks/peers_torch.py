@@ -1,26 +1,24 @@
 """What users would pick instead, in torch: `vit-pytorch`'s NaViT and its nested-tensor variant, MONAI's, timm's NaFlex.
 
-Same images, width, depth, heads and MLP, Adam, no dropout and no token dropping. A step starts from a list of float
-images in memory, as these libraries take them; packing them is part of it.
+Same images, width, depth, heads, MLP and classes, Adam, no dropout and no token dropping. A step starts from a list of
+float images in memory, as these libraries take them; packing or padding them is part of it.
 """
 
-import importlib
-import importlib.util
-import sys
-from types import ModuleType
+import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.images import LABELS, make_images
-
-MODEL = dict(dim=192, depth=12, heads=3, mlp_dim=768)
-PATCH = 16
+import benchmarks.torchvision_ops  # noqa: F401, before the peers
+from benchmarks.images import LABELS, PATCH, make_images
 
 
 class Peer:
-    """A model, its Adam, and the images as float tensors [3, h, w]."""
+    """A model, its Adam, and the images as float tensors [3, h, w] in [-1, 1].
+
+    spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length`, tokens a row; `threads`.
+    """
 
     def __init__(self, spec: dict):
         torch.set_num_threads(spec.get("threads", 2))
@@ -29,49 +27,50 @@ class Peer:
         images, labels = make_images(grids, PATCH)
         self.images = [torch.from_numpy(x).permute(2, 0, 1).float().div(127.5).sub(1).contiguous() for x in images]
         self.labels = torch.from_numpy(labels)
-        self.length = spec.get("length", 0)
-        self.sizes = MODEL | spec.get("sizes", {})
-        side = PATCH * int(-(-grids.max() // 8) * 8)
-        shared = dict(image_size=side, patch_size=PATCH, num_classes=LABELS, dim_head=64)
-        self.model = self.build(**self.sizes, **shared).train()
+        self.length, self.began, self.embedded = spec.get("length", 0), 0.0, 0.0
+        self.model = self.build(PATCH * int(-(-grids.max() // 8) * 8), **spec["sizes"]).train()
+        for name, module in self.model.named_modules():
+            if name in ("to_patch_embedding", "embeds"):
+                module.register_forward_pre_hook(self._mark)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.warm()
+        self._make_moments()
         self.info = dict(parameters=sum(p.numel() for p in self.model.parameters()))
 
-    def warm(self) -> None:
-        """The optimizer's moments exist before the base of memory is measured, as ours do."""
+    def _mark(self, *_: object) -> None:
+        self.embedded = time.perf_counter()
+
+    def _make_moments(self) -> None:
+        """Before the base of memory is measured, when ours exist too."""
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def build(self, side: int, *, width: int, depth: int, heads: int, mlp_dim: int) -> torch.nn.Module:
+        """side: pixels, of the position tables."""
+        raise NotImplementedError
+
     def forward(self) -> torch.Tensor:
         return self.model(self.images)
 
     def step(self) -> dict:
+        """pack: seconds from the images to the first layer."""
+        start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.forward(), self.labels)
         loss.backward()
         self.optimizer.step()
-        return dict(loss=float(loss.detach()), pack=self.packing())
-
-    def packing(self) -> float:
-        return 0.0
-
-
-def vit_pytorch(module: str) -> ModuleType:
-    """A module of the package without its __init__, which needs a torchvision that fits torch for unrelated models."""
-    package = ModuleType("vit_pytorch")
-    package.__path__ = importlib.util.find_spec("vit_pytorch").submodule_search_locations
-    sys.modules.setdefault("vit_pytorch", package)
-    return importlib.import_module(f"vit_pytorch.{module}")
+        return dict(loss=float(loss.detach()), pack=self.embedded - start)
 
 
 class VitPytorch(Peer):
     """`vit_pytorch.na_vit`: next-fit rows of at most `length` tokens, a dense mask."""
 
-    def build(self, **sizes: int) -> torch.nn.Module:
-        return vit_pytorch("na_vit").NaViT(**sizes)
+    def build(self, side, *, width, depth, heads, mlp_dim):
+        from vit_pytorch.na_vit import NaViT
+
+        sizes = dict(dim=width, depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=width // heads)
+        return NaViT(image_size=side, patch_size=PATCH, num_classes=LABELS, **sizes)
 
     def forward(self) -> torch.Tensor:
         return self.model(self.images, group_images=True, group_max_seq_len=self.length)
@@ -80,22 +79,40 @@ class VitPytorch(Peer):
 class VitPytorchNested(Peer):
     """`vit_pytorch.na_vit_nested_tensor`: jagged tensors, no rows."""
 
-    def build(self, **sizes: int) -> torch.nn.Module:
-        return vit_pytorch("na_vit_nested_tensor").NaViT(**sizes, token_dropout_prob=0.0)
+    def build(self, side, *, width, depth, heads, mlp_dim):
+        from vit_pytorch.na_vit_nested_tensor import NaViT
+
+        sizes = dict(dim=width, depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=width // heads)
+        return NaViT(image_size=side, patch_size=PATCH, num_classes=LABELS, token_dropout_prob=0.0, **sizes)
 
 
-class Monai(Peer):
-    """`monai.networks.nets.NaViT`."""
+class Monai(VitPytorch):
+    """`monai.networks.nets.NaViT`: the same rows."""
 
-    def build(self, **sizes: int) -> torch.nn.Module:
-        raise NotImplementedError
+    def build(self, side, *, width, depth, heads, mlp_dim):
+        from monai.networks.nets.navit import NaViT
+
+        sizes = dict(hidden_size=width, num_layers=depth, num_heads=heads, mlp_dim=mlp_dim)
+        return NaViT(image_size=side, patch_size=PATCH, num_classes=LABELS, in_channels=3, spatial_dims=2, **sizes)
 
 
 class Timm(Peer):
-    """`timm.models.NaFlexVit` on a batch padded to the longest image, as its loader makes it."""
+    """`timm.models.NaFlexVit` on a batch that timm's own collator pads to the longest image."""
 
-    def build(self, *, dim: int, depth: int, heads: int, mlp_dim: int, **_: int) -> torch.nn.Module:
-        raise NotImplementedError
+    def build(self, side, *, width, depth, heads, mlp_dim):
+        from timm.data.naflex_dataset import NaFlexCollator
+        from timm.data.naflex_transforms import Patchify
+        from timm.models.naflexvit import NaFlexVit
+
+        longest = max(x.shape[1] * x.shape[2] for x in self.images) // PATCH**2
+        self.patchify, self.collate = Patchify(PATCH), NaFlexCollator(longest)
+        sizes = dict(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / width, patch_size=PATCH)
+        positions = dict(pos_embed="factorized", pos_embed_grid_size=(side // PATCH, side // PATCH))
+        return NaFlexVit(num_classes=LABELS, qk_norm=True, qkv_bias=False, global_pool="map", **sizes, **positions)
+
+    def forward(self) -> torch.Tensor:
+        return self.model(self.collate([(self.patchify(x), 0) for x in self.images])[0])
 
 
 SIDES = {"vit-pytorch": VitPytorch, "vit-pytorch nested": VitPytorchNested, "monai": Monai, "timm": Timm}
+PACKAGES = {"vit-pytorch": "vit-pytorch", "vit-pytorch nested": "vit-pytorch", "monai": "monai", "timm": "timm"}

@@ -4,9 +4,9 @@
     python -m benchmarks.worker                     # what it starts: JSON lines in, JSON lines out
 
 A spec is a dict: `side`, a name that `ours.SIDES` or `peers_torch.SIDES` knows, `grids` [[rows, columns], ...] of the
-images in patches, `threads`, and what that side takes. Memory is that of the steps over what the process held when
-model and optimizer existed: the peak of resident pages, which the kernel counts, minus that base. What compiling left
-behind counts against us.
+images in patches, `threads`, and what that side takes. Memory is the most that the steps take over what the process
+held when model and optimizer existed, in anonymous pages: mapped files, such as the code of libraries, are not counted.
+What compiling leaves behind is.
 """
 
 import ctypes
@@ -60,9 +60,10 @@ class Worker:
         self.process.wait()
 
 
-def resident(field: str) -> float:
-    """MiB of VmRSS (now) or VmHWM (the most since `reset_peak`)."""
-    return int(re.search(rf"{field}:\s*(\d+) kB", STATUS.read_text())[1]) / 1024
+def anonymous(peak: bool = False) -> float:
+    """MiB of anonymous pages, now or (as mapped files hardly change between steps) at most since `reset_peak`."""
+    found = {name: int(value) / 1024 for name, value in re.findall(r"(\w+):\s*(\d+) kB", STATUS.read_text())}
+    return found["VmHWM"] - found["RssFile"] - found["RssShmem"] if peak else found["RssAnon"]
 
 
 def reset_peak() -> None:
@@ -86,9 +87,8 @@ def serve() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec.get("threads", 2)])
     side = make(spec)
     ctypes.CDLL(None).malloc_trim(0)
-    base = resident("VmRSS")
-    info, answer = side.info | dict(base_mib=base), None
-    answer = info
+    base = anonymous()
+    answer = side.info | dict(base_mib=base)
     while True:
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
@@ -97,7 +97,7 @@ def serve() -> None:
             return
         message = json.loads(line)
         if message == "memory":
-            answer = dict(mib=resident("VmHWM") - base)
+            answer = dict(mib=anonymous(peak=True) - base)
             reset_peak()
         elif message == "step":
             start = time.perf_counter()
