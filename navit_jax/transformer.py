@@ -153,9 +153,7 @@ class Attention(nnx.Module):
         self.out = dense(heads, (cfg.width,))
         self.q_norm, self.k_norm = (LayerNorm(heads[1], bias=cfg.bias) if cfg.qk_norm else None for _ in range(2))
 
-    def __call__(
-        self, x_BLD: jax.Array, groups: Groups, rope: tuple[jax.Array, jax.Array] | None
-    ) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         q_BLNH, k_BLNH, v_BLNH = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         if self.q_norm is not None:
             q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)

@@ -39,36 +39,61 @@ def _attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax
 
 
 def _forward(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, tuple]:
-    q, k, v = (_pin(x.swapaxes(1, 2)) for x in (q_BLNH, k_BLNH, v_BLNH))
-    logits_BNLM = _logits(q, k, ids_BL)
-    top_BNL1 = logits_BNLM.max(-1, keepdims=True)
-    weights_BNLM = jnp.exp(logits_BNLM - top_BNL1)
-    sum_BNL1 = weights_BNLM.sum(-1, keepdims=True)
-    out = _dot("BNLM,BNMH->BNLH", weights_BNLM.astype(v.dtype), v) / sum_BNL1
-    out = jnp.where(ids_BL[:, None, :, None] > 0, out, 0).astype(v.dtype)
-    return out.swapaxes(1, 2), (q, k, v, out, ids_BL, top_BNL1 + jnp.log(sum_BNL1))
+    q, k, v = (pin(x.swapaxes(1, 2)) for x in (q_BLNH, k_BLNH, v_BLNH))
+    out_BNLH, log_sum_BNL1 = forward(q, k, v, _same(ids_BL))
+    out_BNLH = jnp.where(ids_BL[:, None, :, None] > 0, out_BNLH, 0)
+    return out_BNLH.swapaxes(1, 2), (q, k, v, out_BNLH, log_sum_BNL1, ids_BL)
 
 
 def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, out, ids_BL, log_sum_BNL1 = kept
-    d_out = _pin(jnp.where(ids_BL[:, :, None, None] > 0, d_out_BLNH, 0).swapaxes(1, 2))
-    weights_BNLM = jnp.exp(_logits(q, k, ids_BL) - log_sum_BNL1)
-    d_v = _dot_transposed(weights_BNLM.astype(v.dtype), d_out)
-    slope_BNL1 = (out.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
-    d_logits = weights_BNLM * (_dot("BNLH,BNMH->BNLM", d_out, v) - slope_BNL1)
-    d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
-    d_q = _dot("BNLM,BNMH->BNLH", d_logits, k)
-    d_k = _dot_transposed(d_logits, q)
-    return *(x.swapaxes(1, 2).astype(q.dtype) for x in (d_q, d_k, d_v)), None
+    q, k, v, out_BNLH, log_sum_BNL1, ids_BL = kept
+    d_out = pin(jnp.where(ids_BL[:, :, None, None] > 0, d_out_BLNH, 0).swapaxes(1, 2))
+    slope_BNL1 = (out_BNLH.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
+    grads = backward(q, k, v, _same(ids_BL), log_sum_BNL1, d_out, slope_BNL1)
+    return *(x.swapaxes(1, 2) for x in grads), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(q_BNLH: jax.Array, k_BNMH: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Scaled in float32, masked by id; padding shares the id 0, so no row is masked whole."""
-    same_B1LM = ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
-    return jnp.where(same_B1LM, _dot("BNLH,BNMH->BNLM", q_BNLH, k_BNMH) * q_BNLH.shape[-1] ** -0.5, MASKED)
+def _same(ids_BL: jax.Array) -> jax.Array:
+    """Padding shares the id 0, so no row is masked whole."""
+    return ids_BL[:, None, :, None] == ids_BL[:, None, None, :]
+
+
+def forward(
+    q_BNLH: jax.Array, k_BNMH: jax.Array, v_BNMH: jax.Array, mask_B1LM: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(output [B, N, L, H], float32 logarithm of the row sums [B, N, L, 1]); the mask is True where a key is seen."""
+    logits_BNLM = _logits(q_BNLH, k_BNMH, mask_B1LM)
+    top_BNL1 = logits_BNLM.max(-1, keepdims=True)
+    weights_BNLM = jnp.exp(logits_BNLM - top_BNL1)
+    sum_BNL1 = weights_BNLM.sum(-1, keepdims=True)
+    out = _dot("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNMH.dtype), v_BNMH) / sum_BNL1
+    return out.astype(v_BNMH.dtype), top_BNL1 + jnp.log(sum_BNL1)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_B1LM: jax.Array,
+    log_sum_BNL1: jax.Array,
+    d_out: jax.Array,
+    slope_BNL1: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, head-major as they are; slope: sum of output * d_out over a head's values, float32."""
+    weights_BNLM = jnp.exp(_logits(q, k, mask_B1LM) - log_sum_BNL1)
+    d_v = _dot_transposed(weights_BNLM.astype(v.dtype), d_out)
+    d_logits = weights_BNLM * (_dot("BNLH,BNMH->BNLM", d_out, v) - slope_BNL1)
+    d_logits = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    d_q = _dot("BNLM,BNMH->BNLH", d_logits, k)
+    d_k = _dot_transposed(d_logits, q)
+    return tuple(x.astype(q.dtype) for x in (d_q, d_k, d_v))
+
+
+def _logits(q_BNLH: jax.Array, k_BNMH: jax.Array, mask_B1LM: jax.Array) -> jax.Array:
+    return jnp.where(mask_B1LM, _dot("BNLH,BNMH->BNLM", q_BNLH, k_BNMH) * q_BNLH.shape[-1] ** -0.5, MASKED)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -77,9 +102,9 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot_transposed(weights_BNLM: jax.Array, x_BNLH: jax.Array) -> jax.Array:
     """weights^T x for each head, [B, N, M, H]."""
-    return _pin(_dot("BNHL,BNLM->BNHM", _pin(x_BNLH.swapaxes(2, 3)), weights_BNLM)).swapaxes(2, 3)
+    return pin(_dot("BNHL,BNLM->BNHM", pin(x_BNLH.swapaxes(2, 3)), weights_BNLM)).swapaxes(2, 3)
 
 
-def _pin(x: jax.Array) -> jax.Array:
+def pin(x: jax.Array) -> jax.Array:
     """Keeps the CPU compiler from folding a transpose back into the product next to it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

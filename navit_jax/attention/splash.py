@@ -80,9 +80,7 @@ def _prepare(ids_BL: jax.Array, longest: int) -> Prepared:
     )
 
 
-def attend(
-    q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared
-) -> jax.Array:
+def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared) -> jax.Array:
     """Softmax attention among tokens of equal id; outputs and gradients of id 0 are exactly 0.
 
     q, k, v: [B, L, N, H] of one float dtype; ids: [B, L] int32, contiguous. Returns [B, L, N, H] in that dtype; logits
@@ -91,14 +89,18 @@ def attend(
     return on_each_device(lambda q, k, v, rest: _attend(q, k, v, *rest), (q_BLNH, k_BLNH, v_BLNH), (ids_BL, prepared))
 
 
-def _attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared) -> jax.Array:
+def _attend(
+    q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
     tile = prepared.ids_Tt.shape[1]
     blocks = kernel.BlockSizes(*[tile] * 8)
     queries = MaskInfo(prepared.tiles_TW[None], None, 2 * prepared.visit_TW[None], None, None)  # 2: all of a tile
-    keys = MaskInfo(prepared.tiles_TW.T[None], None, 2 * prepared.visit_TW.T[None], None, None)  # who sees whom is mutual
+    keys = MaskInfo(
+        prepared.tiles_TW.T[None], None, 2 * prepared.visit_TW.T[None], None, None
+    )  # who sees whom is mutual
     run = kernel.SplashAttentionKernel(
         queries,
         queries,

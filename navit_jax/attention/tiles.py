@@ -51,9 +51,7 @@ def _prepare(ids_BL: jax.Array) -> Prepared:
     return Prepared(order_T, jnp.argsort(order_T), first_T[order_T], count_T[order_T])
 
 
-def attend(
-    q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared
-) -> jax.Array:
+def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared) -> jax.Array:
     """Softmax attention among tokens of equal id; outputs and gradients of id 0 are exactly 0.
 
     q, k, v: [B, L, N, H] of one float dtype; ids: [B, L] int32, contiguous. Returns [B, L, N, H] in that dtype;

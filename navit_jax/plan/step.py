@@ -135,7 +135,7 @@ def batch_shapes(config: ConfigDict, rows: Rows) -> Batch:
     values = stream.patch_size(config) ** 2 * config.data.channels
     labels = ((b, slots, rows.classes), np.float32) if rows.soft else ((b, slots), np.int32)
     dtype, pairs = np.uint16 if config.data.bits == 16 else np.uint8, None
-    images = _packed(ShapeDtypeStruct((b, length, values), dtype), slots)
+    images = _packed(ShapeDtypeStruct((b, length, values), dtype), slots)._replace(capacity=rows.plan["capacity"])
     per_image = ShapeDtypeStruct((b, slots), np.int32)
     if rows.text_plan:
         per_text = ShapeDtypeStruct((b, rows.text_plan.slots), np.int32)
