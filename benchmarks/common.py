@@ -59,7 +59,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def header(*packages: str, threads: int = 0) -> str:
-    """The line above a table: machine, threads and versions."""
+    """The line above a table: machine, threads and versions. With threads, what is measured runs on the CPU."""
+    if threads:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nor is another device looked for
     return f"On {machine()}{f', {threads} threads' * bool(threads)}; {versions(*packages)}.\n"
 
 

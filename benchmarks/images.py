@@ -1,6 +1,14 @@
-"""The images of the training-step benchmarks: sizes in patches, and random pixels; numpy only."""
+"""Images of the training-step benchmarks, sizes in patches and random pixels, and the rows that a run makes of them.
+
+No jax: the process that drives the others has no use for it.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
+
+from input_pipeline import capacity, dry_run, packing
+from input_pipeline.budget import Draws
 
 LABELS, PATCH = 1000, 16  # classes; pixels of a patch's side
 
@@ -29,3 +37,40 @@ def make_images(grids_I2: np.ndarray, patch: int) -> tuple[list[np.ndarray], np.
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (h * patch, w * patch, 3), np.uint8) for h, w in grids_I2]
     return images, rng.integers(0, LABELS, len(images))
+
+
+class Step(NamedTuple):
+    """The rows of a step as a run has them. grids: [images, 2]. rows: numbers of the images in each row.
+
+    capacity: what each group of rows keeps to, rows and slabs of a `Capacity`. length: tokens of a row.
+    """
+
+    grids: np.ndarray
+    rows: list[list[int]]
+    capacity: tuple[int, tuple[tuple[int, int], ...]]
+    length: int
+
+    def spec(self) -> dict:
+        """For `worker`: grids, rows, capacity and length; all sides see the images in the same order."""
+        return self._asdict() | dict(grids=self.grids.tolist())
+
+
+def plan_step(grids_I2: np.ndarray, length: int, rows: int) -> Step:
+    """A step of a run over these images, shuffled each epoch, by the run's own planner and its default settings.
+
+    Of steps 8 to 16 the one whose images are nearest in number to the data's.
+    """
+    tokens, rng = grids_I2.prod(1), np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(len(tokens)) for _ in range(64)])
+    draw = lambda at: Draws(order[at], np.zeros((len(at), 4)), grids_I2[order[at]], tokens[order[at]])  # noqa: E731
+    group = capacity.group_rows(0, rows)
+    profile = capacity.choose([tokens], rows=group, row_length=length, longest=int(tokens.max()))
+    options = dict(length=length, capacity=profile, restore_dropped=False)
+    slots = dry_run.choose_slots(draw, len(order), slots=0, **options)
+    planner = packing.Planner(draw, slots=slots, **options)
+    steps = [[next(planner).positions.tolist() for _ in range(rows)] for _ in range(16)][8:]
+    chosen = min(steps, key=lambda plans: abs(sum(map(len, plans)) - len(tokens)))
+    at = sorted(sum(chosen, []))
+    return Step(
+        grids_I2[order[at]], [[at.index(i) for i in row] for row in chosen], (profile.rows, profile.slabs), length
+    )

@@ -15,50 +15,7 @@ from configs import base
 from input_pipeline import patches
 from input_pipeline.capacity import Capacity
 from input_pipeline.packed import Batch, Packed
-from navit_jax import objectives, optim, sharding, train_step
-
-
-def plan_rows(grids_I2: np.ndarray, length: int) -> list[list[int]]:
-    """Which images lie in which row: the longest that is left, and those that fill the rest of its row best.
-
-    So 64 images fill rows to 98.7 %; the planner of a run has a stream to choose from and fills 99.5 % and more
-    (`benchmarks.packing`).
-    """
-    tokens = grids_I2.prod(1).tolist()
-    left, rows = sorted(range(len(tokens)), key=lambda i: -tokens[i]), []
-    while left:
-        first, *others = left
-        fills = {tokens[first]: [first]}  # tokens in the row: its images
-        for i in others:
-            for used, members in sorted(fills.items(), reverse=True):
-                if used + tokens[i] <= length:
-                    fills.setdefault(used + tokens[i], [*members, i])
-        rows.append(fills[max(fills)])
-        left = [i for i in left if i not in rows[-1]]
-    return rows
-
-
-def promise(grids_I2: np.ndarray, rows: list[list[int]], slabs: int = 6) -> Capacity:
-    """A profile for all rows as one group, with the room to spare that a planned one has: every image an eighth longer,
-
-    and one place in eight more; the slabs that cost attention least.
-    """
-    lengths = np.sort(grids_I2.prod(1))[::-1]
-    longest = lengths[0]
-    room = np.minimum(longest, np.ceil(np.repeat(lengths, 9)[::8] * 1.125 / 8) * 8).astype(int)
-    best = {0: (0.0, ())}  # images covered: (cost, slabs)
-    for _ in range(slabs):
-        for stop in range(len(room), 0, -1):
-            for start in range(stop):
-                if start in best:
-                    count, length = stop - start, int(room[start])
-                    cost = best[start][0] + count * (length**2 + 200 * length)
-                    if stop not in best or cost < best[stop][0]:
-                        best[stop] = (cost, (*best[start][1], (count, length)))
-    merged = {}
-    for count, length in best[len(room)][1]:
-        merged[length] = merged.get(length, 0) + count
-    return Capacity(len(rows), tuple((count, length) for length, count in merged.items()))
+from navit_jax import console, objectives, optim, sharding, train_step
 
 
 def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]], length: int) -> Batch:
@@ -81,9 +38,9 @@ def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]]
 
 
 class Ours:
-    """Packed rows of `length` tokens.
+    """Packed rows, as planned.
 
-    spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length`; `model`, further fields of config.model.
+    spec: that of an `images.Step`; `sizes`, width, depth, heads and mlp_dim; `model`, further fields of config.model.
     """
 
     def __init__(self, spec: dict):
@@ -102,16 +59,17 @@ class Ours:
         self.state = train_step.new_state(lambda: self.objective.init(0), tx, False, places)
         jax.block_until_ready(self.state)
         self.run = train_step.make_train_step(self.objective.gradient(self.mesh), tx, self.mesh, places)
+        self.compiled = None
         self.host = sharding.put_host(self.mesh, (0.0,))
         gflop = self.objective.flops(grids.prod(1), np.zeros(0)) / 1e9
         fill = float(grids.prod(1).sum() / (len(self.rows) * self.length))
         self.info = dict(rows=len(self.rows), fill=fill, gflop=gflop)
 
     def place(self, grids_I2: np.ndarray, spec: dict) -> None:
-        """Chooses the rows, their length and what they promise."""
-        self.length = spec["length"]
-        self.rows = plan_rows(grids_I2, self.length)
-        self.capacity = promise(grids_I2, self.rows)
+        """Which image lies in which row, the rows' length and what they promise."""
+        self.rows, self.length = spec["rows"], spec["length"]
+        rows, slabs = spec["capacity"]
+        self.capacity = Capacity(rows, tuple(map(tuple, slabs)))
 
     def batch(self) -> Batch:
         batch = pack(self.images, self.labels, self.rows, self.length)
@@ -122,15 +80,16 @@ class Ours:
         start = time.perf_counter()
         batch = jax.block_until_ready(self.batch())
         packed = time.perf_counter()
-        self.state, metrics = self.run(self.state, batch, self.host)
+        if self.compiled is None:
+            self.compiled = console.compile_step(self.run, self.state, batch, self.host)
+        self.state, metrics = self.compiled(self.state, batch, self.host)
         loss = float(metrics["loss"]) / float(metrics["images"])
         jax.block_until_ready(self.state)
         return dict(pack=packed - start, loss=loss)
 
-    def compiled(self) -> dict:
-        """What XLA says of the step: MiB of temporaries."""
-        memory = self.run.lower(self.state, self.batch(), self.host).compile().memory_analysis()
-        return dict(temporaries=memory.temp_size_in_bytes / 2**20)
+    def temporaries(self) -> dict:
+        """MiB that XLA says the step needs beside its inputs and outputs."""
+        return dict(temporaries=self.compiled.memory_analysis().temp_size_in_bytes / 2**20)
 
     def peak(self) -> dict:
         """GFLOP/s of f32 products, the best of 5: square, and of the shapes that the model has."""

@@ -3,8 +3,9 @@
     python -m benchmarks.train_step [--peers vit-pytorch monai ...] [--lengths 256 1024 2048] [--json FILE] [--quick]
     python -m benchmarks.train_step --lengths 1024 --ours-only
 
-64 images of 6064 tokens, 16 to 256 each; width 192, depth 12, 3 heads, MLP 768, patch 16, 1000 classes, float32, two
-threads. A step starts from images in memory and ends with new parameters; our rows hold 6144 tokens at each length.
+About 64 images of 6064 tokens, 16 to 256 each: what the run's planner puts into rows of 6144 tokens in all. Width 192,
+depth 12, 3 heads, MLP 768, patch 16, 1000 classes, float32, two threads. A step starts from images in memory and ends
+with new parameters. Memory is the most that steps take beside model and optimizer.
 Peers without rows of their own are compared with ours at L=256, our default. The square ViT is our model, one image a
 row, all squashed to 10 x 10 patches.
 """
@@ -15,10 +16,11 @@ import statistics
 import numpy as np
 
 from benchmarks import common
-from benchmarks.images import draw_grids
+from benchmarks.images import draw_grids, plan_step
 from benchmarks.worker import Worker
 
 IMAGES, TOKENS, SEED = 64, 6064, 94_202
+ROW_TOKENS = 6144
 SIZES = dict(width=192, depth=12, heads=3, mlp_dim=768)
 TINY = dict(width=64, depth=1, heads=1, mlp_dim=64)
 LENGTHS = (256, 1024, 2048)
@@ -42,7 +44,7 @@ class Comparison:
             else:
                 with Worker(peer) as other:
                     self._measure([mine, other], repeats)
-            self.info = mine.info | mine.ask("peak") | mine.ask("compiled")
+            self.info = mine.info | mine.ask("peak") | mine.ask("temporaries")
 
     def _measure(self, sides: list[Worker], repeats: int) -> None:
         for _ in range(2):
@@ -105,15 +107,16 @@ def available(peers: list[str]) -> list[str]:
 
 def cases(peers: list[str], lengths: list[int], grids: np.ndarray, shared: dict) -> list[tuple[str, dict, dict]]:
     """(name, our spec, the peer's spec)."""
-    shared = dict(grids=grids.tolist(), **shared)
-    side = round(grids.prod(1).mean() ** 0.5)
-    square = shared | dict(side="ours padded", grids=[[side, side]] * len(grids))
     found = []
     for peer in peers:
         for length in lengths if peer in PACKED else lengths[:1]:
-            other = square if peer == SQUARE else shared | dict(side=peer, length=length)
-            name = f"{peer} L{length}" if peer in PACKED else peer
-            found.append((name, shared | dict(side="ours", length=length), other))
+            step = plan_step(grids, length, max(1, ROW_TOKENS // length))
+            ours = shared | step.spec() | dict(side="ours")
+            other = ours | dict(side=peer)
+            if peer == SQUARE:
+                side = round(step.grids.prod(1).mean() ** 0.5)
+                other = ours | dict(side="ours padded", grids=[[side, side]] * len(step.grids))
+            found.append((f"{peer} L{length}" if peer in PACKED else peer, ours, other))
     return found
 
 
@@ -132,16 +135,17 @@ def main() -> None:
     args = arguments()
     grids, sizes, repeats = draw_grids(IMAGES, TOKENS, first=SEED), SIZES, args.repeats
     if args.quick:
-        grids, sizes, repeats = grids[:8], TINY, 1
+        sizes, repeats = TINY, 1
+    lengths = args.lengths[:1] if args.quick else args.lengths
     shared = dict(sizes=sizes, threads=args.threads, model=dict(attention=args.attention))
     if args.ours_only:
-        for name, ours, _ in cases(["vit-pytorch"], args.lengths, grids, shared):
+        for name, ours, _ in cases(["vit-pytorch"], lengths, grids, shared):
             print(Comparison(name.replace("vit-pytorch ", ""), ours, None, repeats).describe(), flush=True)
         return
     packages = ["jax", "torch", "vit-pytorch", "monai", "timm"]
     print(common.header(*packages, threads=args.threads))
     rows, cells = [], []
-    for case in cases(available(args.peers), args.lengths, grids, shared):
+    for case in cases(available(args.peers), lengths, grids, shared):
         found = Comparison(*case, repeats)
         print(found.describe(), flush=True)
         cells.append(found.cells())
