@@ -1,6 +1,10 @@
 """Attention that skips what it need not see, on the CPU: values, gradients and isolation against a float64 oracle."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import oracle
 
-from navit_jax.attention import tiles
+from input_pipeline.capacity import Capacity
+from navit_jax.attention import Case, cudnn, dense, tiles
 from navit_jax.attention.segments import key_tiles
 
-N, H = 2, 8
+B, L, N, H = 5, 192, 2, 8
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def rows_of(length, *lengths_per_row):
-    ids = np.zeros((len(lengths_per_row), length), np.int32)
+def rows_of(*lengths_per_row, rows=B, length=L):
+    ids = np.zeros((rows, length), np.int32)
     for row, lengths in zip(ids, lengths_per_row):
         filled = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         row[: len(filled)] = filled
@@ -44,82 +49,85 @@ def assert_matches(got, expected, ids, bound=3e-6):
         assert not np.any(np.asarray(a)[ids == 0]), f"{name} of padding is not exactly 0"
 
 
-def check(ids, seed=0):
-    x = inputs(ids, seed)
+def check(ids, seed=0, run=run, **kwargs):
+    x = inputs(ids, seed, **kwargs)
     assert_matches(run(*x, ids), oracle(*x[:3], ids, x[3]), ids)
 
 
-def fitting(lengths, length):
+def fitting(lengths, length=L):
     return [n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= length]
 
 
-def test_edge_lengths():
-    check(rows_of(192, [1, 191], [192], [], [64, 64, 64], [63, 65], [65, 63, 64], [1] * 150, [128]))
-
-
-@pytest.mark.parametrize("length", [1, 7, 63, 65, 130])
-def test_rows_that_tiles_do_not_divide(length):
-    check(rows_of(length, [length], [1], [], fitting([3, 40, 30, 20], length)))
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 150), max_size=8), min_size=5, max_size=5), st.integers(0, 2**31))
-def test_any_lengths(lengths, seed):
-    check(rows_of(192, *(fitting(row, 192) for row in lengths)), seed)
-
-
-def test_one_tile_at_a_time_and_many(monkeypatch):
-    ids = rows_of(192, [1, 100, 80], [192], [], [70, 70], [20] * 9)
-    x = inputs(ids)
-    for batch in (1, 1000):
-        monkeypatch.setattr(tiles, "BATCH", batch)
-        jax.clear_caches()
-        assert_matches(run(*x, ids), oracle(*x[:3], ids, x[3]), ids)
-
-
-def test_garbage_in_padding_and_neighbours_is_not_seen():
-    ids = rows_of(192, [50, 80, 30], [192], [190])
-    x, garbage = inputs(ids), inputs(ids, seed=7)
+def garbage_elsewhere(ids, run=run, **kwargs):
+    """Other queries, keys and values in all images but the second, and in padding, change no bit of the second."""
+    x, garbage = inputs(ids, **kwargs), inputs(ids, seed=7, **kwargs)
     others = [jnp.where((ids == 2)[..., None, None], a, 1e4 * b) for a, b in zip(x[:3], garbage)]
     for a, b in zip(run(*x, ids), run(*others, x[3], ids)):
         np.testing.assert_array_equal(np.asarray(a)[ids == 2], np.asarray(b)[ids == 2])
 
 
+def test_edge_lengths():
+    check(rows_of([1, 191], [192], [], [64, 64, 64], [63, 65]))
+    check(rows_of([65, 63, 64], [1] * 150, [128], [1], [127, 65]))
+
+
+def test_gaps_of_padding_between_images():
+    ids = rows_of([40, 60, 92], [1, 100, 91], [64, 64, 64])
+    ids[0, 30:45], ids[1, 0], ids[2, 64:128] = 0, 0, 0
+    check(ids)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 150), max_size=8), min_size=B, max_size=B), st.integers(0, 2**31))
+def test_any_lengths(lengths, seed):
+    check(rows_of(*map(fitting, lengths)), seed)
+
+
+def test_garbage_in_padding_and_neighbours_is_not_seen():
+    garbage_elsewhere(rows_of([50, 80, 30], [100, 92], [190]))
+
+
 def test_images_may_change_places():
     """Equal up to the order of sums: an image that moves meets the borders of tiles elsewhere."""
-    lengths = [30, 64, 1, 90]
-    order = [2, 3, 0, 1]
-    ids, moved = rows_of(192, lengths), rows_of(192, [lengths[i] for i in order])
+    lengths, order = [30, 64, 1, 90], [2, 3, 0, 1]
+    ids, moved = rows_of(lengths), rows_of([lengths[i] for i in order])
     at = np.concatenate([np.flatnonzero(ids[0] == i + 1) for i in order] + [np.flatnonzero(ids[0] == 0)])
     x = inputs(ids)
     for a, b in zip(run(*x, ids), run(*(a[:, at] for a in x), moved)):
         np.testing.assert_allclose(np.asarray(a)[:, at], b, rtol=1e-5, atol=2e-6)
 
 
-def test_one_program_for_every_batch():
-    rng, traces = np.random.default_rng(0), []
-
-    @jax.jit
-    def step(q, k, v, ids):
-        traces.append(1)
-        prepared = tiles.prepare(ids)
-        return jax.grad(lambda q: tiles.attend(q, k, v, ids, prepared).sum())(q)
-
-    for seed in range(20):
-        ids = rows_of(192, *(fitting(rng.integers(1, 192, 9).tolist(), 192) for _ in range(3)))
-        step(*inputs(ids, seed)[:3], ids)
-    assert len(traces) == 1 and step._cache_size() == 1
-
-
 def test_large_logits_stay_finite():
-    ids = rows_of(192, [100, 40], [])
+    ids = rows_of([100, 40], [])
     x = inputs(ids)
     x[0] = 30 * x[0]
     assert_matches(run(*x, ids), oracle(*x[:3], ids, x[3]), ids, bound=1e-5)
 
 
+def test_one_program_for_every_batch():
+    rng, before = np.random.default_rng(0), run._cache_size()
+    for seed in range(20):
+        ids = rows_of(*(fitting(rng.integers(1, L, 9).tolist()) for _ in range(B)))
+        run(*inputs(ids, seed), ids)
+    assert run._cache_size() - before <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 7, 63, 65, 130])
+def test_rows_that_tiles_do_not_divide(length):
+    check(rows_of([length], [1], [], fitting([3, 40, 30, 20], length), length=length))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_one_tile_at_a_time_and_many(monkeypatch, batch):
+    monkeypatch.setattr(tiles, "BATCH", batch)
+    check(rows_of([1, 100, 80], [192], [], [70, 70], [20] * 9), run=partial(jax.jit(run.__wrapped__, static_argnums=5)))
+
+
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_logits():
-    ids = rows_of(192, [100, 40, 52], [192], [])
+    ids = rows_of([100, 40, 52], [192], [])
     x = inputs(ids, dtype=jnp.bfloat16)
     x[0] = 4 * x[0]
     got = run(*x, ids)
@@ -128,13 +136,127 @@ def test_bfloat16_keeps_float32_logits():
 
 
 def test_key_tiles_are_those_of_the_images_in_a_tile():
-    ids = rows_of(32, [3, 9, 4], [32], [], [8, 8])
-    first, count = key_tiles(jnp.asarray(ids), 8, 4)
+    ids = rows_of([3, 9, 4], [32], [], [8, 8], rows=4, length=32)
+    first, count = jax.jit(key_tiles, static_argnums=(1, 2))(ids, 8, 4)
     np.testing.assert_array_equal(first, [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 2, 0, 0]])
     np.testing.assert_array_equal(count, [[3, 4, 0, 0], [8, 8, 8, 8], [0, 0, 0, 0], [2, 2, 0, 0]])
 
 
-def test_a_step_pays_only_for_the_tiles_it_sees():
-    """Trips of the compiled loops cannot be counted here; what they run over can."""
-    short, long = (tiles.prepare(jnp.asarray(rows_of(1024, *([n] * (1024 // n) for _ in range(2))))) for n in (64, 1024))
-    assert int(short.count_T.sum()) == 2 * 16 and int(long.count_T.sum()) == 2 * 16 * 16
+def test_short_images_cost_few_tiles_and_those_with_most_come_first():
+    prepare = jax.jit(tiles.prepare)
+    short, long = (prepare(rows_of(*[[n] * (L // n)] * B)) for n in (64, 192))
+    assert int(short.count_T.sum()) == B * 3 and int(long.count_T.sum()) == B * 9
+    assert np.all(np.diff(prepare(rows_of([64, 100], [1], [150])).count_T) <= 0)
+
+
+SHARDED = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from navit_jax import sharding
+from navit_jax.attention import tiles
+from test_attention_backends import inputs, rows_of, run
+ids = rows_of([1, 191], [64, 64], [192], [], [100], [3] * 60, [63, 65], [30], rows=8)
+x = inputs(ids)
+mesh = sharding.make_mesh(dict(data=2, fsdp=1, tensor=2))
+def step(q, k, v, d_out, ids):
+    with sharding.under(mesh):
+        return run.__wrapped__(q, k, v, d_out, ids, tiles)
+heads = NamedSharding(mesh, P(sharding.BATCH, None, "tensor", None))
+placed = *(jax.device_put(a, heads) for a in x), jax.device_put(ids, sharding.rows(mesh))
+compiled = jax.jit(step).lower(*placed).compile()
+text = compiled.as_text()
+assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")), text
+for a, b in zip(compiled(*placed), run(*x, ids)):
+    assert a.sharding.is_equivalent_to(heads, 4)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+"""
+
+
+@pytest.mark.slow
+def test_each_device_attends_to_its_own_rows_and_heads_and_nothing_is_sent():
+    folder = Path(__file__).parent
+    flags = dict(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    environment = os.environ | flags | {"PYTHONPATH": f"{folder.parent}:{folder}"}
+    out = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr[-3000:]
+
+
+CAPACITY = Capacity(1, ((6, L),))
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
+
+
+def case(**changes):
+    usual = dict(platform="gpu", rows=4, length=L, head_dim=64, contiguous=True, capacity=CAPACITY)
+    return Case(**usual | dict(dtype=jnp.dtype(jnp.bfloat16)) | changes)
+
+
+def test_cudnn_is_told_where_images_begin_and_how_long_they_are():
+    ids = rows_of([1, 63, 64], [], [192], [2] * 6)
+    ids[0, 1:10] = 0  # a gap
+    starts, lengths = jax.jit(cudnn.prepare, static_argnums=1)(ids, CAPACITY)
+    expected = [[0, 10, 64], [], [0], [0, 2, 4, 6, 8, 10], []], [[1, 54, 64], [], [192], [2] * 6, []]
+    for found, rows, width in zip((starts, lengths), expected, (7, 6)):
+        np.testing.assert_array_equal(found, [row + [-1] * (width - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(platform="cpu"), "NVIDIA GPUs only"),
+        (dict(dtype=jnp.dtype(jnp.float32)), "bfloat16 or float16, not float32"),
+        (dict(contiguous=False), "side by side"),
+        (dict(capacity=None), "planned"),
+        (dict(head_dim=60), "multiple of 8"),
+        ({}, "AttributeError|cuDNN"),  # this machine's device is a CPU
+    ],
+)
+def test_cudnn_says_why_it_cannot_run(changes, reason):
+    cudnn._on_this_device.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cudnn.log, "warning", lambda *args: None)
+        found = cudnn.unavailable(case(**changes))
+    assert any(word in found for word in reason.split("|")), found
+
+
+def like_cudnn(leak=0.0, scale_of=1.0):
+    """Its interface on the CPU, with memory that nobody wrote in padding; `leak` of it reaches the images."""
+
+    def attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert q_seqlen is kv_seqlen and q_offsets is kv_offsets and scale == q.shape[-1] ** -0.5
+        at, starts = jnp.arange(q.shape[1])[:, None], q_offsets[:, None, :-1]
+        mine = (starts >= 0) & (at >= starts) & (at < starts + q_seqlen[:, None])
+        ids = (mine * (1 + jnp.arange(mine.shape[-1]))).sum(-1).astype(jnp.int32)
+        out = scale_of * dense.attend(q, k, v, ids) + jnp.asarray(leak, q.dtype) * v.mean(1, keepdims=True)
+        return jnp.where(ids[..., None, None] > 0, out, jnp.nan).astype(q.dtype)
+
+    return attention
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({}, ""),
+        pytest.param(dict(scale_of=1.1), "outputs differ", marks=pytest.mark.slow),
+        pytest.param(dict(leak=0.5), "outputs differ", marks=pytest.mark.slow),
+    ],
+)
+def test_cudnn_is_compared_with_dense_before_it_is_used(monkeypatch, wrong, reason):
+    monkeypatch.setattr(f"{CUDNN}.dot_product_attention", like_cudnn(**wrong))
+    found = cudnn.disagreement(64, jnp.dtype(jnp.bfloat16))
+    assert found.startswith(reason) and bool(found) == bool(reason), found
+
+
+@pytest.mark.slow
+def test_cudnn_lowers_to_its_two_kernels_with_all_that_they_take(monkeypatch):
+    monkeypatch.setattr(f"{CUDNN}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{CUDNN}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(f"{CUDNN}.is_cuda_compute_capability_equal", lambda capability: False)
+    ids = rows_of([1, 63, 64], [192])
+    traced = jax.jit(partial(run.__wrapped__, backend=cudnn, capacity=CAPACITY)).trace(
+        *inputs(ids, dtype=jnp.bfloat16, head_dim=64), ids
+    )
+    calls = [line for line in traced.lower(lowering_platforms=("cuda",)).as_text().split("\n") if "@__cudnn$" in line]
+    assert ["fmhaSoftmaxBackward" in call for call in calls] == [False, True]
+    for call in calls:
+        assert "max_seg_per_batch\\22: 6" in call and "fmha_scale\\22: 0.125" in call
+        assert call.count("tensor<5x6xi32>") == 2 and call.count("tensor<5x7xi32>") == 2

@@ -19,18 +19,21 @@ from navit_jax.attention.segments import key_tiles
 
 KERNELS = "jax.experimental.pallas.ops.tpu.splash_attention"
 LANES = 128
+LIST_BYTES = LANES * (4 + 1)  # of a tile's list in scalar memory, which pads it: 128 numbers of int32 and of int8
+SCALAR_MEMORY = 2**20 - 2**16  # bytes, on v5e and v6e
 
 
 class Prepared(NamedTuple):
     """Of each tile of a device's rows, T of t tokens in all, the W tiles that it may see.
 
     tiles_TW: their numbers in the rows, int32; behind its last it is repeated, so that nothing is fetched. visit_TW:
-    int8, whether to; ids_Tt: int32, such that no two rows share one.
+    int8, whether to. ids_Tt: int32, such that no two rows share one. fits_B: bool, whether a row's lists hold all.
     """
 
     tiles_TW: jax.Array
     visit_TW: jax.Array
     ids_Tt: jax.Array
+    fits_B: jax.Array
 
 
 def unavailable(case: Any) -> str:
@@ -39,7 +42,13 @@ def unavailable(case: Any) -> str:
         return "its kernels run on TPUs only"
     if not case.contiguous:
         return "it needs the tokens of an image side by side"
-    return "" if importlib.util.find_spec(KERNELS) else f"this version of jax has no {KERNELS}"
+    if importlib.util.find_spec(KERNELS) is None:
+        return f"this version of jax has no {KERNELS}"
+    tile = tile_of(_longest(case.capacity, case.length), case.length)
+    most = SCALAR_MEMORY // LIST_BYTES * tile
+    if case.rows * -(-case.length // tile) * tile > most:
+        return f"its lists of tiles fill the scalar memory at {most} tokens a device"
+    return ""
 
 
 def tile_of(longest: int, length: int) -> int:
@@ -54,10 +63,13 @@ def tile_of(longest: int, length: int) -> int:
 def prepare(ids_BL: jax.Array, capacity: Any = None) -> Prepared:
     """The tiles that each tile of queries visits; ids: [B, L] int32, contiguous, 0 = padding. Made once a step.
 
-    An image longer than `capacity.longest` would lose keys without a word: whoever packs checks it.
+    Rows with an image longer than `capacity.longest`, against the promise, return NaN: keys would be lost unseen.
     """
-    longest = min(capacity.longest if capacity else ids_BL.shape[1], ids_BL.shape[1])
-    return on_each_device(lambda ids: _prepare(ids, longest), (), ids_BL)
+    return on_each_device(lambda ids: _prepare(ids, _longest(capacity, ids.shape[1])), (), ids_BL)
+
+
+def _longest(capacity: Any, length: int) -> int:
+    return min(capacity.longest, length) if capacity else length
 
 
 def _prepare(ids_BL: jax.Array, longest: int) -> Prepared:
@@ -74,10 +86,9 @@ def _prepare(ids_BL: jax.Array, longest: int) -> Prepared:
     nth_W = jnp.arange(width, dtype=jnp.int32)
     tiles_BTW = (first_BT + row_B1 * tiles)[..., None] + jnp.minimum(nth_W, count_BT[..., None] - 1)
     visit_BTW = nth_W < count_BT[..., None]
-    ids_BL = ids_BL + row_B1 * (length + 1)
-    return Prepared(
-        tiles_BTW.reshape(-1, width), visit_BTW.reshape(-1, width).astype(jnp.int8), ids_BL.reshape(-1, tile)
-    )
+    ids_Tt = (ids_BL + row_B1 * (length + 1)).reshape(-1, tile)
+    fits_B = (count_BT <= width).all(1)
+    return Prepared(tiles_BTW.reshape(-1, width), visit_BTW.reshape(-1, width).astype(jnp.int8), ids_Tt, fits_B)
 
 
 def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared) -> jax.Array:
@@ -118,6 +129,7 @@ def _attend(
     q_BLNH = q_BLNH * jnp.asarray(q_BLNH.shape[-1] ** -0.5, q_BLNH.dtype)  # 1/8 at H = 64, which rounds nothing
     out_NSH = run(*(_sequence(x, tile) for x in (q_BLNH, k_BLNH, v_BLNH)), kernel.SegmentIds(ids_S, ids_S))
     out_BLNH = out_NSH.swapaxes(0, 1).reshape(len(ids_BL), -1, *q_BLNH.shape[2:])[:, : ids_BL.shape[1]]
+    out_BLNH = jnp.where(prepared.fits_B[:, None, None, None], out_BLNH, jnp.nan)
     return jnp.where(ids_BL[..., None, None] > 0, out_BLNH, 0)
 
 

@@ -1,9 +1,9 @@
 """Attention that visits only the tiles of keys that a tile of queries can see, in plain JAX and without a plan.
 
 A row is cut into tiles of 64 tokens; a tile of queries runs an online softmax over its own images' keys, and the
-backward pass visits the same pairs, so both cost what the images cost, not what L x L does. A few tiles run as one batch
-of products in a loop as long as their longest needs; sorted by that number, they waste little. The loop recomputes the
-logits rather than storing them, which no `jax.grad` of a loop of unknown length could do.
+backward pass visits the same pairs, so both cost what the images cost, not what L x L does. A few tiles run as one
+batch of products, in a loop as long as the longest of them needs; sorted by that number, they waste little. The
+backward pass is written out because `jax.grad` cannot go through a loop of unknown length.
 """
 
 from functools import partial
