@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
-from input_pipeline import packing
+from input_pipeline import dry_run, packing
 from input_pipeline.budget import Draws, Sampler
 from navit_jax import navit
 
@@ -58,8 +58,8 @@ def packed(name: str, drop: dict, model: navit.NaViTConfig, sizes: np.ndarray) -
     """NaViT on rows planned over all the images once, without those still open at the end."""
     config = _config(drop, len(sizes))
     sampler = Sampler(config, sizes, model.patch_size)
-    options = dict(length=config.packing.row_length, open_rows=config.packing.open_rows, restore_dropped=True)
-    slots = packing.choose_slots(sampler, min(20_000, len(sizes)), slots=0, **options)
+    options = dict(length=config.packing.row_length, look_ahead=config.packing.look_ahead, restore_dropped=True)
+    slots = dry_run.choose_slots(sampler, min(20_000, len(sizes)), slots=0, **options)
     plans = _closed(sampler, len(sizes), slots=slots, **options)
     positions, kept = (np.concatenate(field) for field in zip(*plans, strict=True))
     rows, images, length = len(plans), len(kept), options["length"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs import base
 from input_pipeline.budget import Sampler
-from input_pipeline.packing import choose_slots, dry_run
+from input_pipeline.dry_run import choose_slots, dry_run
 
 PLANS = {"A L256": ("A", 256), "A L1024": ("A", 1024), "B L1024": ("B", 1024), "B L4096": ("B", 4096)}
 

@@ -27,6 +27,7 @@ def check(config: ConfigDict) -> None:
 
 def _rules(c: ConfigDict) -> list[Rule]:
     drop, aug, parts, budgets = c.drop, c.augment, c.optim.accumulate_steps, c.eval.token_budgets
+    group = c.packing.rows_per_group
     return [
         ("data.decode", c.data.decode in ("fast", "full"), "fast or full"),
         ("data.bits", c.data.bits in (8, 16), "8 or 16"),
@@ -35,7 +36,9 @@ def _rules(c: ConfigDict) -> list[Rule]:
         ("data.num_workers", c.data.num_workers >= 0, "0 or more"),
         ("packing.row_length", c.packing.row_length >= 1, "1 or more"),
         ("packing.rows_per_step", c.packing.rows_per_step >= 1, "1 or more"),
-        ("packing.open_rows", c.packing.open_rows >= 1, "1 or more"),
+        ("packing.rows_per_group", group == 0 or group >= 1 and c.packing.rows_per_step % group == 0,
+         f"a divisor of packing.rows_per_step={c.packing.rows_per_step}, or 0 to choose"),
+        ("packing.look_ahead", c.packing.look_ahead >= 1, "1 or more"),
         ("packing.images_per_row", c.packing.images_per_row >= 0, "1 or more, or 0 to choose"),
         ("resolution.min_side", c.resolution.min_side > 0, "above 0"),
         ("resolution.std", c.resolution.std > 0, "above 0"),

@@ -54,19 +54,19 @@ def generators(seed: int, stream: str, counters: np.ndarray) -> Iterator[np.rand
 def permute(position: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Where each position of [0, size) goes in the epoch's shuffle, without making the whole permutation.
 
-    A four-round Feistel network over the next even power of two, walked until the value falls below `size`
-    (under four walks on average), so resuming in any epoch costs nothing. position, epoch: int64 [n].
+    A four-round Feistel network over the next power of two, walked until the value falls below `size` (under two walks
+    on average), so resuming in any epoch costs nothing. position, epoch: int64 [n].
     """
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = [bits(seed, f"shuffle{r}", epoch) for r in range(4)]
-    value = np.asarray(position).astype(np.uint64)
-    todo = np.arange(value.size)
+    width = max(2, int(size - 1).bit_length())
+    halves = [np.uint64(width - width // 2), np.uint64(width // 2)]  # bits on the right, and on the left
+    masks = [(np.uint64(1) << half) - np.uint64(1) for half in halves]
+    epochs, which = np.unique(epoch, return_inverse=True)
+    keys = [bits(seed, f"shuffle{r}", epochs)[which] for r in range(4)]
+    value, todo = np.asarray(position).astype(np.uint64), np.arange(np.size(position))
     while todo.size:
-        left, right = value[todo] >> half, value[todo] & mask
-        for key in keys:
-            with np.errstate(over="ignore"):
-                left, right = right, left ^ (_mix(right * _GOLDEN + key[todo]) & mask)
-        value[todo] = (left << half) | right
+        left, right = value[todo] >> halves[0], value[todo] & masks[0]
+        for r, key in enumerate(keys):
+            left, right = right, left ^ (_mix(right * _GOLDEN + key[todo]) & masks[1 - r % 2])
+        value[todo] = (left << halves[0]) | right
         todo = todo[value[todo] >= np.uint64(size)]
     return value.astype(np.int64)

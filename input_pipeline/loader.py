@@ -7,6 +7,7 @@ is the step and a few KB, and resuming replays nothing. Rows are planned a whole
 a contrastive step are packed together.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Pairs, stack
 from input_pipeline.packing import Planner, RowPlan
@@ -101,12 +103,14 @@ class _Rows:
         self._planner, self._ready = Planner(self.builder.draw, **self.plan), {}
 
 
-def _stack(rows: Sequence[tuple[Row | Exception, dict | None]]) -> tuple[Batch, Info] | Exception:
+def _stack(
+    rows: Sequence[tuple[Row | Exception, dict | None]], capacity: Capacity | None
+) -> tuple[Batch, Info] | Exception:
     for row, _ in rows:
         if isinstance(row, Exception):
             return row
     built = [row for row, _ in rows]
-    images = stack([row.images for row in built])
+    images = stack([row.images for row in built], capacity)
     pairs = None
     if built[0].pairs is not None:
         texts, *ids = zip(*(row.pairs for row in built), strict=True)
@@ -148,7 +152,8 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # grain reads absl flags in its workers
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=4))
-        iterator = iter(dataset.batch(len(self.rows.local), batch_fn=_stack))
+        stack_rows = functools.partial(_stack, capacity=self.rows.plan.get("capacity"))
+        iterator = iter(dataset.batch(len(self.rows.local), batch_fn=stack_rows))
         try:
             for item in iterator:
                 if isinstance(item, Exception):

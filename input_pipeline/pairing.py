@@ -205,9 +205,10 @@ def _dry_steps(
     draw: Callable[[np.ndarray], Draws], plan: dict, texts: "Texts", rows: int, images: int
 ) -> list[np.ndarray]:
     """The text lengths of the first steps, an array each; those with most tokens first, which tell soonest."""
-    planner, plans = Planner(draw, **plan), []
-    while not plans or planner.cursor < images:
-        plans += [next(planner, None) for _ in range(rows)]
+    planner, plans, placed = Planner(draw, **plan), [], 0
+    while placed < images:
+        plans += [next(planner) for _ in range(rows)]
+        placed += sum(len(plan.positions) for plan in plans[-rows:])
     index, first = _examples(plans, draw)
     return sorted(np.split(texts.lengths[index], first[rows::rows]), key=np.sum, reverse=True)
 

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from input_pipeline import packing, pairing
-from input_pipeline.budget import Draws, Sampler
+from input_pipeline import dry_run, packing, pairing
+from input_pipeline.budget import Sampler
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.rows import RowBuilder
@@ -21,7 +21,6 @@ from input_pipeline.text import Tokenizer, open_tokenizer, table_size
 from input_pipeline.text_index import Texts, check_distinct, check_missing, read_texts
 
 log = logging.getLogger(__name__)
-_DRY_IMAGES = 20_000  # planned to choose K and to report fill: 0.1 s
 _EXACT_IMAGES = 2_000_000  # up to here an epoch or example count is converted to steps by planning all of it
 
 
@@ -120,25 +119,12 @@ def patch_size(config: ConfigDict) -> int:
     raise UserError(f"model.variant is {config.model.variant!r}; expected a size and a patch, such as B/16") from None
 
 
-def _plan_options(config: ConfigDict, sampler: Sampler, length: int, slots: int) -> dict:
-    p = config.packing
-    plan = dict(length=length, open_rows=p.open_rows, restore_dropped=p.restore_dropped and not sampler.budget)
-    images = min(len(sampler.indices), _DRY_IMAGES) if sampler.budget else _DRY_IMAGES
-    windows = _windows(config, sampler)
-    return plan | dict(slots=max(packing.choose_slots(draw, images, slots=slots, **plan) for draw in windows))
-
-
-def _windows(config: ConfigDict, sampler: Sampler) -> list[Callable[[np.ndarray], Draws]]:
-    """The draws from each place of the stream that a dry run looks at."""
-    drop, starts = config.drop, [0]
-    if drop.kind == "scheduled" and not sampler.budget:  # images a row change on the way: look at both ends
-        starts.append(max(0, int(drop.midpoint_examples + 4 * abs(drop.tau_examples))))
-    return [lambda p, s=start: sampler(p + s) for start in starts]
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
-    """The training rows: `loader(steps)` iterates them; `plan` holds L and K, `text_plan` T and M, if it has texts."""
+    """The training rows: `loader(steps)` iterates them.
+
+    plan: options of their `Planner`, with L, K and the capacity profile. text_plan: T and M, if it has texts.
+    """
 
     images: Images
     sampler: Sampler
@@ -155,9 +141,9 @@ class TrainStream:
         return Loader(self.builder, plan, rows=self.rows, steps=steps, start=start, local=local)
 
     @functools.cached_property
-    def report(self) -> packing.DryRun:
+    def report(self) -> dry_run.DryRun:
         """Fill and images a row, from planning the first images; nothing is read."""
-        return packing.dry_run(self.sampler, _DRY_IMAGES, **self.plan)
+        return dry_run.dry_run(self.sampler, dry_run.IMAGES, **self.plan)
 
 
 def train_stream(config: ConfigDict, images: Images) -> TrainStream:
@@ -170,39 +156,13 @@ def train_stream(config: ConfigDict, images: Images) -> TrainStream:
             f"{config.resolution.max_side} at patch {sampler.patch} gives up to {sampler.largest_kept} tokens. Set "
             f"--config.packing.row_length={sampler.largest_kept} or lower --config.resolution.max_side."
         )
-    plan = _plan_options(config, sampler, length, config.packing.images_per_row)
+    plan = dry_run.plan_options(config, [sampler], length, rows)
     texts, files, text_plan = images.texts, images.files, None
     if texts is not None:
-        text_plan = pairing.choose(_windows(config, sampler), plan, texts, rows, _DRY_IMAGES, config.text)
+        text_plan = pairing.choose(dry_run.windows(config, sampler), plan, texts, rows, dry_run.IMAGES, config.text)
     options = dict(classes=images.classes, texts=texts, files=files, text_plan=text_plan)
     builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], **options)
     return TrainStream(images, sampler, builder, plan, rows, text_plan)
-
-
-def eval_loader(
-    config: ConfigDict,
-    images: Images,
-    budget: int,
-    *,
-    slots: int = 0,
-    indices: np.ndarray | None = None,
-    local: Sequence[int] | None = None,
-) -> Loader:
-    """Every image once (or `indices`), at most `budget` tokens each, whole steps with empty rows at the end.
-
-    local: which of a step's rows this process builds; None: all.
-    """
-    if indices is None:
-        indices, most = _different(images), config.eval.max_examples
-        if 0 < most < len(indices):  # spread over the set, which may be sorted
-            indices = indices[np.arange(most) * len(indices) // most]
-    sampler = Sampler(config, images.sizes, patch_size(config), budget, indices)
-    length = max(config.packing.row_length, budget)
-    rows = eval_rows(config)
-    plan = _plan_options(config, sampler, length, slots) | dict(stop=len(sampler.indices))
-    count = sum(1 for _ in packing.Planner(sampler, **plan))
-    builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
-    return Loader(builder, plan, rows=rows, steps=-(-count // rows), local=local)
 
 
 def _different(images: Images) -> np.ndarray:
@@ -218,19 +178,46 @@ def eval_rows(config: ConfigDict) -> int:
     return config.eval.rows_per_step or config.packing.rows_per_step
 
 
+def eval_loader(
+    config: ConfigDict,
+    images: Images,
+    budget: int,
+    *,
+    indices: np.ndarray | None = None,
+    local: Sequence[int] | None = None,
+) -> Loader:
+    """Every image once (or `indices`), at most `budget` tokens each, whole steps with empty rows at the end.
+
+    local: which of a step's rows this process builds; None: all.
+    """
+    return eval_loaders(config, [(images, budget, indices)], local)[0]
+
+
 def eval_loaders(
     config: ConfigDict, wanted: Sequence[tuple[Images, int, np.ndarray | None]], local: Sequence[int] | None = None
 ) -> list[Loader]:
-    """Evaluation rows for each (images, budget, indices), all with one L and one K, so the model compiles once."""
-    config = config.copy_and_resolve_references()
-    config.packing.row_length = max(config.packing.row_length, *(budget for _, budget, _ in wanted))
-    make = functools.partial(eval_loader, config, local=local)
-    loaders = [make(images, budget, indices=indices) for images, budget, indices in wanted]
-    slots = max(loader.builder.slots for loader in loaders)
-    return [
-        loader if loader.builder.slots == slots else make(images, budget, indices=indices, slots=slots)
-        for loader, (images, budget, indices) in zip(loaders, wanted, strict=True)
+    """Evaluation rows for each (images, budget, indices); with one L, K and capacity, so the model compiles once."""
+    patch, rows = patch_size(config), eval_rows(config)
+    length = max(config.packing.row_length, *(budget for _, budget, _ in wanted))
+    samplers = [
+        Sampler(config, images.sizes, patch, budget, _chosen(config, images) if indices is None else indices)
+        for images, budget, indices in wanted
     ]
+    common, loaders = dry_run.plan_options(config, samplers, length, rows), []
+    for sampler, (images, _, _) in zip(samplers, wanted, strict=True):
+        plan = common | dict(stop=len(sampler.indices))
+        count = sum(1 for _ in packing.Planner(sampler, **plan))
+        builder = RowBuilder(images.source, sampler, config, length=length, slots=plan["slots"], classes=images.classes)
+        loaders.append(Loader(builder, plan, rows=rows, steps=-(-count // rows), local=local))
+    return loaders
+
+
+def _chosen(config: ConfigDict, images: Images) -> np.ndarray:
+    """The numbers of the images to evaluate."""
+    indices, most = _different(images), config.eval.max_examples
+    if 0 < most < len(indices):  # spread over the set, which may be sorted
+        indices = indices[np.arange(most) * len(indices) // most]
+    return indices
 
 
 def total_steps(config: ConfigDict, stream: TrainStream) -> int:
@@ -244,8 +231,8 @@ def total_steps(config: ConfigDict, stream: TrainStream) -> int:
         planner = packing.Planner(stream.sampler, stop=examples, **stream.plan)
         return max(1, sum(1 for _ in planner) // stream.rows)
     # Too many to plan: eight windows spread over the run (token dropping may be scheduled) give rows an image.
-    starts, window = np.linspace(0, examples - _DRY_IMAGES, 8).astype(np.int64), _DRY_IMAGES
-    runs = [packing.dry_run(lambda p, s=s: stream.sampler(p + s), window, **stream.plan) for s in starts]
+    starts, window = np.linspace(0, examples - dry_run.IMAGES, 8).astype(np.int64), dry_run.IMAGES
+    runs = [dry_run.dry_run(lambda p, s=s: stream.sampler(p + s), window, **stream.plan) for s in starts]
     return max(1, round(examples * sum(r.rows for r in runs) / sum(r.images for r in runs) / stream.rows))
 
 

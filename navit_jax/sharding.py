@@ -17,9 +17,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from navit_jax.optim import is_stacked, name_of
 
+jax.tree_util.register_static(Capacity)  # rides in batches; here, as the half that plans rows does not know of jax
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 # The first rule found in a path decides; stacked layers have one more axis in front, which is never split. What no

@@ -105,7 +105,7 @@ def test_predictions_come_once_and_in_the_order_of_the_source():
     images = open_images(Labelled(labels, 7))
     for budget in (1, 9, 64):
         config = make_config()
-        config.packing.open_rows = 3
+        config.packing.look_ahead = 3
         found = classification.predictions(
             table_forward(logits), None, stream.eval_loader(config, images, budget), same, num_classes=7
         )

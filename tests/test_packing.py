@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from configs import base
 from input_pipeline.budget import Draws, Sampler
+from input_pipeline.dry_run import choose_slots, dry_run
 from input_pipeline.errors import UserError
-from input_pipeline.packing import Planner, choose_slots, dry_run
+from input_pipeline.packing import Planner
 
 
 def fake(keep, full=None):
@@ -24,13 +25,13 @@ def fake(keep, full=None):
 @given(
     keep=st.lists(st.integers(0, 30), min_size=1, max_size=300),
     slots=st.integers(1, 8),
-    open_rows=st.integers(1, 16),
+    look_ahead=st.integers(1, 64),
     extra=st.integers(0, 10),
 )
 @settings(deadline=None, max_examples=100)
-def test_every_image_once_and_no_row_overfull(keep, slots, open_rows, extra):
+def test_every_image_once_and_no_row_overfull(keep, slots, look_ahead, extra):
     full = [k + extra * (k > 0) for k in keep]
-    plan = dict(length=32, slots=slots, open_rows=open_rows, stop=len(keep))
+    plan = dict(length=32, slots=slots, look_ahead=look_ahead, stop=len(keep))
     rows = list(Planner(fake(keep, full), **plan))
     placed = [p for row in rows for p in row.positions]
     assert sorted(placed) == [i for i, k in enumerate(keep) if k]

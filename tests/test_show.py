@@ -84,7 +84,7 @@ def test_dark_sixteen_bit_images_are_stretched(shown):
 def test_the_picture_has_every_segments_colour_and_its_padding(shown, tmp_path):
     config = make_config()
     config.drop.kind = "none"
-    config.packing.open_rows = 1
+    config.packing.look_ahead = 1
     rows, slots, _ = shown(config, MemorySource())
     row = min(rows, key=lambda r: (r.segment_ids > 0).sum())
     padding = int((row.segment_ids == 0).sum())

@@ -159,8 +159,8 @@ def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
 def test_a_change_that_would_break_the_sequence_is_refused_by_name(whole):
     with pytest.raises(UserError, match=r"optim\.lr.*0\.001.*0\.002"):
         run(tiny(optim__lr=2e-3), whole[0])
-    with pytest.raises(UserError, match=r"packing\.open_rows"):
-        run(tiny(packing__open_rows=4), whole[0])
+    with pytest.raises(UserError, match=r"packing\.look_ahead"):
+        run(tiny(packing__look_ahead=4), whole[0])
 
 
 def test_eval_only_gives_the_scores_of_the_last_evaluation(whole):

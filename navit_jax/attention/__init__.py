@@ -23,8 +23,6 @@ from navit_jax import sharding
 log = logging.getLogger(__name__)
 BACKENDS = ("dense", "slabs", "tiles", "splash", "flash", "cudnn")
 
-jax.tree_util.register_static(Capacity)  # here, as the half that plans rows does not know of jax
-
 
 @dataclass(frozen=True)
 class Case:
