@@ -190,22 +190,25 @@ class RowBuilder:
         return mixed, targets
 
     def _assemble(self, plan: RowPlan, drawn: Draws, pixels: list, labels: list, bad: tuple) -> Row:
-        row, patch = empty_row(self), self.sampler.patch
-        images, cursor = row.images, 0
+        row, patch, images = empty_row(self), self.sampler.patch, len(pixels)
+        values, segment_ids, coords, grids = row.images[:4]
+        kept, counts, used = [], np.zeros(images, np.int64), 0
         streams = keys.generators(self.seed, "tokens", plan.positions)
         each = zip(pixels, drawn.grid.tolist(), plan.keep.tolist(), streams, strict=True)
         for slot, (image, (rows, columns), keep, rng) in enumerate(each):
-            row.labels[slot] = labels[slot]
             if image is None:
                 continue
-            kept = _kept(rows * columns, keep, rng)
-            here = slice(cursor, cursor + keep)
-            patchify(image, patch, kept, out=images.values[here])
-            images.segment_ids[here] = slot + 1
-            images.coords[here, 1], images.coords[here, 2] = np.divmod(kept, columns)
-            images.grids[slot] = (1, rows, columns)
-            row.index[slot] = drawn.index[slot]
-            cursor += keep
+            kept.append(_kept(rows * columns, keep, rng))
+            patchify(image, patch, kept[-1], out=values[used : used + keep])
+            counts[slot], used = keep, used + keep
+        row.labels[:images] = labels
+        if used:
+            kept, columns = np.concatenate(kept), np.repeat(drawn.grid[:, 1], counts)
+            segment_ids[:used] = np.repeat(np.arange(1, images + 1), counts)
+            coords[:used, 1], coords[:used, 2] = np.divmod(kept, columns)
+            grids[:images, 0] = counts > 0
+            grids[:images, 1:] = drawn.grid * (counts > 0)[:, None]
+            row.index[:images] = np.where(counts > 0, drawn.index, -1)
         return row._replace(bad=bad)
 
 
