@@ -17,7 +17,8 @@ from benchmarks.images import LABELS, PATCH, make_images
 class Peer:
     """A model, its Adam, and the images as float tensors [3, h, w] in [-1, 1].
 
-    spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length`, tokens a row; `threads`.
+    spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length` or, where it is not ours, `peer_length`,
+    tokens a row; `threads`.
     """
 
     def __init__(self, spec: dict):
@@ -27,7 +28,7 @@ class Peer:
         images, labels = make_images(grids, PATCH)
         self.images = [torch.from_numpy(x).permute(2, 0, 1).float().div(127.5).sub(1).contiguous() for x in images]
         self.labels = torch.from_numpy(labels)
-        self.length, self.began, self.embedded = spec.get("length", 0), 0.0, 0.0
+        self.length, self.embedded = spec.get("peer_length", spec["length"]), 0.0
         self.model = self.build(PATCH * int(-(-grids.max() // 8) * 8), **spec["sizes"]).train()
         for name, module in self.model.named_modules():
             if name in ("to_patch_embedding", "embeds"):

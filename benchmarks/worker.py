@@ -38,6 +38,10 @@ class Worker:
         """`seconds` of a whole step from images to updated parameters, `pack` of them before the model, `loss`."""
         return self.ask("step")
 
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.step()["seconds"]
+
     def memory(self) -> float:
         """MiB that steps since the last call of this took at most over the base."""
         return self.ask("memory")["mib"]
@@ -74,6 +78,8 @@ def make(spec: dict) -> object:
     """The side's object: `step() -> {pack, loss, ...}`, and `info`, a dict."""
     if spec["side"].startswith("ours"):
         from benchmarks import ours as module
+    elif spec["side"].endswith("attention"):
+        from benchmarks import attention as module
     else:
         from benchmarks import peers_torch as module
     return module.SIDES[spec["side"]](spec)

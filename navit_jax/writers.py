@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
         table.writerows(rows)
 
 
+def _summary_writer() -> type:
+    """tensorboardX's class, without torch: where that is installed it takes 2 s to import, for types of no use here."""
+    hide = "torch" not in sys.modules
+    try:
+        if hide:
+            sys.modules["torch"] = None
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            sys.modules.pop("torch", None)
+    return SummaryWriter
+
+
 class Silent:
     """Takes the numbers of a run that another process writes."""
 
@@ -49,7 +63,7 @@ class MetricWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, resume_step: int | None) -> None:
-        from tensorboardX import SummaryWriter  # takes 0.5 s: only who writes pays for it
+        summary_writer = _summary_writer()  # takes 0.5 s: only who writes pays for it
 
         self.path = Path(folder) / "metrics.jsonl"
         try:
@@ -59,7 +73,7 @@ class MetricWriter:
             self._file = open(self.path, "ab+")  # noqa: SIM115
             self._end_line()
             purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=purge, flush_secs=10)
+            self._board = summary_writer(str(Path(folder) / "tensorboard"), purge_step=purge, flush_secs=10)
         except OSError as error:
             raise self._unwritable(error) from error
 

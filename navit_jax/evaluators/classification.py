@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from scipy import special
-from sklearn.metrics import average_precision_score
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch
-from navit_jax import plots, writers
+from navit_jax import writers
 from navit_jax.evaluators.outputs import LOGITS, Forward, Rows, Seen, read
 
 
@@ -120,6 +119,8 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, buckets: int 
 
 def mean_average_precision(labels: np.ndarray, logits: np.ndarray) -> float:
     """Mean over the classes that occur of the average precision. labels: [n, C] bool. logits: [n, C]."""
+    from sklearn.metrics import average_precision_score  # takes 2 s: only who has sets of classes pays for it
+
     occurs = np.flatnonzero(labels.any(0))
     return float(np.mean([average_precision_score(labels[:, c], logits[:, c]) for c in occurs]))
 
@@ -155,6 +156,8 @@ def report(
         named |= {f"{names.prefix}/{k}@{row['budget']}": v for k, v in row.items() if k not in ("budget", *_WHOLE)}
     if jax.process_index() == 0:
         path = Path(workdir) / names.file
+        from navit_jax import plots  # takes 0.6 s: only who draws pays for it
+
         writers.write_table(rows, path.with_suffix(".csv"))
         plots.accuracy_over_tokens(rows, "map" if multi_label else "top1", path.with_suffix(".png"), names.title)
     return named

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from input_pipeline.errors import UserError
-from navit_jax import plots, writers
+from navit_jax import writers
 from navit_jax.evaluators import texts
 from navit_jax.evaluators.outputs import Seen
 
@@ -97,6 +97,8 @@ def run(
         named |= {f"retrieval/{name}@{budget}": value for name, value in found.items()}
         named["retrieval/images"] = len(x_NE)
     if jax.process_index() == 0:
+        from navit_jax import plots  # takes 0.6 s: only who draws pays for it
+
         writers.write_table(table, Path(workdir) / "retrieval.csv")
         plots.retrieval_over_tokens(table, AT, Path(workdir) / "retrieval_over_tokens.png")
     return named
