@@ -62,7 +62,11 @@ def plan_step(grids_I2: np.ndarray, length: int, rows: int) -> Step:
     """
     tokens, rng = grids_I2.prod(1), np.random.default_rng(0)
     order = np.concatenate([rng.permutation(len(tokens)) for _ in range(64)])
-    draw = lambda at: Draws(order[at], np.zeros((len(at), 4)), grids_I2[order[at]], tokens[order[at]])  # noqa: E731
+
+    def draw(at: np.ndarray) -> Draws:
+        index = order[at % len(order)]
+        return Draws(index, np.zeros((len(at), 4)), grids_I2[index], tokens[index])
+
     group = capacity.group_rows(0, rows)
     profile = capacity.choose([tokens], rows=group, row_length=length, longest=int(tokens.max()))
     options = dict(length=length, capacity=profile, restore_dropped=False)
@@ -70,7 +74,7 @@ def plan_step(grids_I2: np.ndarray, length: int, rows: int) -> Step:
     planner = packing.Planner(draw, slots=slots, **options)
     steps = [[next(planner).positions.tolist() for _ in range(rows)] for _ in range(16)][8:]
     chosen = min(steps, key=lambda plans: abs(sum(map(len, plans)) - len(tokens)))
-    at = sorted(sum(chosen, []))
+    at = sorted(sum(chosen, []))  # in the stream's order
     return Step(
         grids_I2[order[at]], [[at.index(i) for i in row] for row in chosen], (profile.rows, profile.slabs), length
     )

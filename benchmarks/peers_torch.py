@@ -18,7 +18,7 @@ class Peer:
     """A model, its Adam, and the images as float tensors [3, h, w] in [-1, 1].
 
     spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length` or, where it is not ours, `peer_length`,
-    tokens a row; `threads`.
+    tokens a row; `threads`; `device`, the CPU unless said.
     """
 
     def __init__(self, spec: dict):
@@ -26,10 +26,11 @@ class Peer:
         torch.manual_seed(0)
         grids = np.array(spec["grids"])
         images, labels = make_images(grids, PATCH)
-        self.images = [torch.from_numpy(x).permute(2, 0, 1).float().div(127.5).sub(1).contiguous() for x in images]
-        self.labels = torch.from_numpy(labels)
+        self.device = spec.get("device", "cpu")
+        images = [torch.from_numpy(x).permute(2, 0, 1).float().div(127.5).sub(1).contiguous() for x in images]
+        self.images, self.labels = [x.to(self.device) for x in images], torch.from_numpy(labels).to(self.device)
         self.length, self.embedded = spec.get("peer_length", spec["length"]), 0.0
-        self.model = self.build(PATCH * int(-(-grids.max() // 8) * 8), **spec["sizes"]).train()
+        self.model = self.build(PATCH * int(-(-grids.max() // 8) * 8), **spec["sizes"]).to(self.device).train()
         for name, module in self.model.named_modules():
             if name in ("to_patch_embedding", "embeds"):
                 module.register_forward_pre_hook(self._mark)
@@ -105,6 +106,7 @@ class Timm(Peer):
         from timm.data.naflex_transforms import Patchify
         from timm.models.naflexvit import NaFlexVit
 
+        self.images = [x.cpu() for x in self.images]  # its collator works there
         longest = max(x.shape[1] * x.shape[2] for x in self.images) // PATCH**2
         self.patchify, self.collate = Patchify(PATCH), NaFlexCollator(longest)
         sizes = dict(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / width, patch_size=PATCH)
@@ -112,7 +114,8 @@ class Timm(Peer):
         return NaFlexVit(num_classes=LABELS, qk_norm=True, qkv_bias=False, global_pool="map", **sizes, **positions)
 
     def forward(self) -> torch.Tensor:
-        return self.model(self.collate([(self.patchify(x), 0) for x in self.images])[0])
+        batch = self.collate([(self.patchify(x), 0) for x in self.images])[0]
+        return self.model({k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()})
 
 
 SIDES = {"vit-pytorch": VitPytorch, "vit-pytorch nested": VitPytorchNested, "monai": Monai, "timm": Timm}

@@ -1,15 +1,28 @@
-"""The benchmark: compute is equal and counted right, the ceiling and the price of dense attention are true."""
+"""Benchmarks: compute is equal and counted right, ceilings and prices are true, sides see the same rows in turn."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import common, equal_compute, images_for_compute, native_figure, native_vs_square
+from benchmarks import (
+    attention,
+    common,
+    equal_compute,
+    images,
+    images_for_compute,
+    native_figure,
+    native_vs_square,
+    ours,
+    train_step,
+)
 from benchmarks.equal_compute import NATIVE, SQUARE, SQUASHED
 from configs import base
-from input_pipeline import stream
+from input_pipeline import patches, stream
+from input_pipeline.capacity import Capacity
 from input_pipeline.sources.shapes import ASPECTS
 from navit_jax import navit
 
@@ -109,3 +122,67 @@ def test_recipes_differ_only_where_they_should():
     native, squashed = equal_compute.recipe(NATIVE), equal_compute.recipe(SQUASHED)
     squashed.data.squash, squashed.optim.lr = native.data.squash, native.optim.lr
     assert native == squashed and stream.patch_size(native) == 16
+
+
+def test_the_ratio_is_that_of_pairs_not_of_medians():
+    """A machine that slows down in the middle of a measurement slows both of a pair."""
+    ours, peer = iter([9.0, 1.0, 10.0, 1.0, 10.0]), iter([9.0, 2.0, 20.0, 2.0, 20.0])
+    found = common.paired(ours.__next__, peer.__next__, repeats=4)
+    assert found.ratio == 2 and (found.ours, found.peer) == (5.5, 11)
+
+
+def test_rows_of_json_are_plain(tmp_path):
+    rows = [common.row("peer L256", "images/s", np.float32(2), 1, np.float64(2))]
+    common.write_rows(tmp_path / "a/rows.json", rows)
+    assert json.loads((tmp_path / "a/rows.json").read_text()) == [
+        {"name": "peer L256", "unit": "images/s", "ours": 2.0, "peer": 1.0, "ratio": 2.0}
+    ]
+    common.write_rows(None, rows)
+
+
+@pytest.mark.parametrize(("length", "rows"), [(256, 24), (1024, 6), (2048, 3)])
+def test_measured_rows_are_those_of_a_run(length, rows):
+    grids = images.draw_grids(train_step.IMAGES, train_step.TOKENS, first=train_step.SEED)
+    assert grids.prod(1).sum() == 6064 and grids.prod(1).min() >= 16 and grids.prod(1).max() <= 256
+    step = images.plan_step(grids, length, rows)
+    tokens = step.grids.prod(1)
+    assert sorted(sum(step.rows, [])) == list(range(len(step.grids))) and len(step.rows) == rows
+    assert all(tokens[row].sum() <= length for row in step.rows) and tokens.sum() > 0.975 * rows * length
+    capacity = Capacity(*step.capacity)
+    groups = [sum(step.rows[i : i + capacity.rows], []) for i in range(0, rows, capacity.rows)]
+    assert all(capacity.holds(tokens[group]) for group in groups)
+    assert images.plan_step(grids, length, rows).rows == step.rows
+    json.dumps(step.spec())
+
+
+def test_packed_rows_hold_the_images_in_order():
+    step = images.plan_step(np.array([[2, 3], [1, 4], [3, 3], [2, 2]]), 16, 2)
+    pictures, labels = images.make_images(step.grids, images.PATCH)
+    batch = ours.pack(pictures, labels, step.rows, 16)
+    for b, row in enumerate(step.rows):
+        for k, i in enumerate(row):
+            own = batch.images.segment_ids[b] == k + 1
+            coords = batch.images.coords[b, own, 1:]
+            picture = patches.unpatchify(batch.images.values[b, own], coords, tuple(step.grids[i]), images.PATCH, 0)
+            assert (picture == pictures[i]).all() and batch.labels[b, k] == labels[i]
+    assert (batch.index >= 0).sum() == len(step.grids)
+
+
+def test_attention_sees_the_rows_of_the_step():
+    spec = images.plan_step(np.array([[2, 3], [1, 4], [3, 3], [2, 2]]), 16, 2).spec()
+    ids = attention.ids_of(spec)
+    assert [sorted(np.bincount(row)[1:]) for row in ids] == [
+        sorted(np.prod(spec["grids"][i]) for i in row) for row in spec["rows"]
+    ]
+    assert attention.runnable(["dense", "splash"], spec) == ["dense"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(common.installed, ("torch", "vit-pytorch", "timm"))), reason="requirements-parity.txt")
+def test_the_training_step_is_measured_against_peers(tmp_path):
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.train_step", "--quick", "--peers", "vit-pytorch", "timm"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, check=True)
+    rows = json.loads(out.read_text())
+    assert [row["name"] for row in rows][::2] == ["vit-pytorch L256", "timm"]
+    assert all(row["ratio"] > 0 for row in rows) and "| vit-pytorch L256 |" in done.stdout
