@@ -130,18 +130,17 @@ def test_the_reasons_why_they_cannot_run():
 @needs_libtpu
 @pytest.mark.parametrize("kind", ["v5e", "v6e"])
 @pytest.mark.parametrize(
-    "backend, rows, length, capacity",
+    "backend, dtype, rows, length, capacity",
     [
-        (splash, 4, 1024, Capacity(1, ((9, 256),))),
-        (splash, 2, 2048, None),
-        (splash, 160, 4096, Capacity(1, ((90, 256),))),  # 327,680 tokens a device: what the scalar memory holds
-        (flash, 4, 512, None),
-        (flash, 4, 1024, None),
-        (flash, 4, 200, None),
+        (splash, jnp.bfloat16, 4, 1024, Capacity(1, ((9, 256),))),
+        (splash, jnp.bfloat16, 160, 4096, Capacity(1, ((90, 256),))),  # 327,680 tokens fill a device's scalar memory
+        (splash, jnp.float32, 2, 2048, None),
+        (flash, jnp.bfloat16, 4, 1024, None),
+        (flash, jnp.bfloat16, 4, 200, None),
+        (flash, jnp.float32, 4, 512, None),
     ],
 )
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_forward_and_backward_compile_for_tpus_in_a_sharded_step(kind, backend, rows, length, capacity, dtype):
+def test_forward_and_backward_compile_for_tpus_in_a_sharded_step(kind, backend, dtype, rows, length, capacity):
     topology.prepare(topology.parse(f"{kind}:2x2"))
     mesh = sharding.make_mesh(dict(data=2, fsdp=1, tensor=2), topology.devices_for(f"{kind}:2x2"))
     case = Case("tpu", rows // 2, length, 64, jnp.dtype(dtype), True, capacity)
