@@ -1,34 +1,48 @@
-"""Padding of packing policies on the same images, and the cost of planning.
+"""Padding of packing policies on the same images, what the capacity profile costs, and the cost of planning.
 
-    python -m benchmarks.packing [--images 100000] [--json FILE]
+    python -m benchmarks.packing [--json FILE] [--quick]
 
 Sizes: `tests/data/sizes_100k.npz`. A: side U(64, 256), beta dropping with mean 0.36 (about 70 tokens an image). B: area
-of 16 to 1024 tokens, no dropping. Peers: next-fit, which the PyTorch versions use (a full row is never looked at
-again), and Grain's first-fit over 16 bins.
+of 16 to 1024 tokens, no dropping (about 500 tokens). Ours keeps groups of 8 rows within a capacity profile, without and
+with restored tokens. Peers, which keep to none: next-fit, which the PyTorch versions use (a full row is never looked at
+again), and Grain's first-fit over 16 bins, of 20,000 images as it takes its time. Slots and pairs: tokens and query-key
+pairs of the profile's slabs against those of the images; dense: the pairs of whole rows. Planning includes the draws.
 """
 
-import argparse
-import json
 import time
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
+from benchmarks import common
 from configs import base
 from input_pipeline.budget import Sampler
-from input_pipeline.dry_run import choose_slots, dry_run
+from input_pipeline.dry_run import plan_options
+from input_pipeline.packing import Planner, RowPlan
 
 PLANS = {"A L256": ("A", 256), "A L1024": ("A", 1024), "B L1024": ("B", 1024), "B L4096": ("B", 4096)}
+ROWS, GOAL = 64, 3.0  # rows of a step; cpu-seconds to plan an epoch of ImageNet in
+EPOCH = 1_281_167
+HEADER = ("padding, %", "next-fit", "Grain, 16 bins", "ours", "ours, restored")
+HEADER += ("slots", "pairs", "dense", "us an image", "1.28 M, cpu-s")
 
 
-def sampler(kind: str) -> Sampler:
+def config_of(kind: str) -> ConfigDict:
+    """A config of the sampling `kind`, A or B."""
     config = base.get_config()
     config.model.posemb_beyond = "interpolate"
     if kind == "A":
         config.drop.update(kind="beta", mean_rate=0.36)
     else:
+        config.drop.kind = "none"
         config.resolution.update(on="area", min_side=64, max_side=512)
-    return Sampler(config, np.load("tests/data/sizes_100k.npz")["sizes"].astype(int), 16)
+    return config
+
+
+def sampler(kind: str) -> Sampler:
+    """Draws of that sampling for the images of the committed list."""
+    return Sampler(config_of(kind), np.load("tests/data/sizes_100k.npz")["sizes"].astype(int), 16)
 
 
 def next_fit(lengths: np.ndarray, row: int) -> float:
@@ -49,31 +63,53 @@ def grain_first_fit(lengths: np.ndarray, row: int) -> float:
     return 1 - float(np.mean(fills[: -32 or None])) / row
 
 
+def planned(draw: Sampler, images: int, plan: dict) -> tuple[list[RowPlan], float]:
+    """(rows planned until `images` were drawn, cpu-seconds); in training there are always images that wait."""
+    planner, rows, start = Planner(draw, **plan), [], time.process_time()
+    while planner.cursor < images:
+        rows.append(next(planner))
+    return rows, time.process_time() - start
+
+
+def measure(kind: str, length: int, images: int) -> dict:
+    """Paddings (shares), overheads, and cpu-seconds an image; raises AssertionError for a group beyond its profile."""
+    draw, config = sampler(kind), config_of(kind)
+    plan = plan_options(config, [draw], length, ROWS)
+    profile, lengths = plan["capacity"], draw(np.arange(images)).keep
+    (plain, _), (rows, _) = (planned(draw, images, plan | dict(restore_dropped=r)) for r in (False, True))
+    groups = [rows[i : i + profile.rows] for i in range(0, len(rows) - profile.rows + 1, profile.rows)]
+    assert all(profile.holds(n for row in group for n in row.keep) for group in groups)
+    own = sum(float((row.keep.astype(float) ** 2).sum()) for group in groups for row in group)
+    return dict(
+        next_fit=next_fit(lengths, length),
+        grain=grain_first_fit(lengths[:20_000], length),
+        plain=1 - sum(row.keep.sum() for row in plain) / (len(plain) * length),
+        restored=1 - sum(row.keep.sum() for row in rows) / (len(rows) * length),
+        slots=profile.slots / (profile.rows * length),
+        pairs=profile.pairs * len(groups) / own,
+        dense=length**2 * profile.rows * len(groups) / own,
+        seconds=float(np.median([planned(draw, images, plan)[1] / images for _ in range(5)])),
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    rows = []
-    print("| padding, % | next-fit | Grain, 16 bins | ours | ours, dropped tokens restored | us an image |")
-    print("|---|---|---|---|---|---|")
+    args = common.parser(__doc__).parse_args()
+    print(common.header("numpy", "grain", threads=1))
+    table, rows = [], []
     for name, (kind, length) in PLANS.items():
-        draw = sampler(kind)
-        keep = draw(np.arange(args.images)).keep
-        slots = choose_slots(draw, min(20_000, args.images), length=length, slots=0)
-        start = time.process_time()
-        plain, ours = (
-            1 - dry_run(draw, args.images, length=length, slots=slots, restore_dropped=r).fill for r in (False, True)
-        )
-        cost = (time.process_time() - start) / 2 / args.images * 1e6
-        peers = next_fit(keep, length), grain_first_fit(keep, length)
-        print(f"| {name} | " + " | ".join(f"{100 * x:.2f}" for x in (*peers, plain, ours)) + f" | {cost:.1f} |")
-        for peer, value in zip(("next-fit", "grain"), peers, strict=True):
-            ratio = value / max(plain, 1e-6)
-            rows.append(dict(name=f"{peer} {name}", unit="% padding", ours=100 * plain, peer=100 * value, ratio=ratio))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        found = measure(kind, length, 5_000 if args.quick else 100_000)
+        ours, epoch = found["restored"], found["seconds"] * EPOCH
+        shares = (f"{100 * found[key]:.3f}" for key in ("next_fit", "grain", "plain", "restored"))
+        factors = (f"{found[key]:.2f}" for key in ("slots", "pairs", "dense"))
+        table.append([name, *shares, *factors, f"{1e6 * found['seconds']:.2f}", f"{epoch:.2f}"])
+        for peer in ("next_fit", "grain"):
+            paddings = 100 * ours, 100 * found[peer]
+            rows.append(common.row(f"{peer} {name}", "% padding", *paddings, found[peer] / max(ours, 1e-5)))
+        rows.append(common.row(f"goal {name}", "cpu-s for 1.28 M", epoch, GOAL, GOAL / epoch))
+        dense = found["pairs"], found["dense"]
+        rows.append(common.row(f"dense {name}", "pairs a useful pair", *dense, found["dense"] / found["pairs"]))
+    print(common.markdown(HEADER, table))
+    common.write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

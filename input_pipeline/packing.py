@@ -20,7 +20,7 @@ from input_pipeline.budget import Draws
 from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 
-_CHUNK = 1024  # positions drawn at a time
+CHUNK = 4096  # positions drawn at a time: 0.4 us each, of 1024 twice as much
 # An image that waits is one integer, tokens kept << _BITS | _MASK - position: the largest is the longest, and the
 # oldest of that length.
 _BITS = 40
@@ -120,10 +120,10 @@ class Planner:
     def _refill(self) -> None:
         """Let new images wait, unless nearly as many do as may; sorting a quarter at a time costs 0.1 us an image."""
         while 4 * len(self._sorted) <= 3 * self.look_ahead and self.cursor != self.stop:
-            place = self.cursor % _CHUNK
+            place = self.cursor % CHUNK
             if self._chunk[0] != self.cursor - place:
                 start = self.cursor - place
-                end = start + _CHUNK if self.stop is None else min(start + _CHUNK, self.stop)
+                end = start + CHUNK if self.stop is None else min(start + CHUNK, self.stop)
                 self._chunk = (start, *self._images(np.arange(start, end)))
             new = slice(place, place + self.look_ahead - len(self._sorted))
             images, tokens = (x[new] for x in self._chunk[1:])
@@ -153,11 +153,12 @@ class Planner:
 
     def _plan_row(self, images: list[int], left: list[int]) -> int:
         """Append the images of one row; returns its free tokens. left: free places of each slab, of which it takes."""
-        full, free, room, slab_of, by_length = [], self.length, self.slots, self._slab_of, self._sorted
-        while room and self._queue:
-            image = self._queue.popleft()
-            if image in self._taken:
-                self._taken.remove(image)
+        queue, taken, by_length, slab_of = self._queue, self._taken, self._sorted, self._slab_of
+        full, free, room = [], self.length, self.slots
+        while room and queue:
+            image = queue.popleft()
+            if image in taken:
+                taken.remove(image)
                 continue
             tokens = image >> _BITS
             if tokens > free:
@@ -175,7 +176,7 @@ class Planner:
             place = bisect_left(by_length, free + 1 << _BITS)
             if place and by_length[place - 1] >> _BITS == free:
                 break
-        self._queue.extendleft(reversed(full))
+        queue.extendleft(reversed(full))
         return self._finish_row(images, left, free, room) if room else free
 
     def _finish_row(self, images: list[int], left: list[int], free: int, room: int) -> int:

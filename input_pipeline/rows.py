@@ -18,7 +18,7 @@ from input_pipeline import augment, decode, keys, pairing
 from input_pipeline.budget import Draws, Sampler
 from input_pipeline.errors import DecodeError
 from input_pipeline.packed import Packed, Pairs
-from input_pipeline.packing import RowPlan
+from input_pipeline.packing import CHUNK, RowPlan
 from input_pipeline.patches import patchify, resize
 from input_pipeline.sources import Source
 
@@ -43,10 +43,10 @@ class Row(NamedTuple):
 class RecentDraws:
     """`draw(positions) -> Draws` of a sampler, which remembers the blocks that a planner asked for.
 
-    A row's few images would cost as much to draw again as a whole block of 1024: 0.1 ms an image at four a row.
+    A row's few images would cost as much to draw again as a block of 1024: 0.1 ms an image at four a row.
     """
 
-    BLOCK, BLOCKS = 1024, 256  # 64 KB each
+    BLOCK, BLOCKS = CHUNK, 64  # 256 KB each
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler

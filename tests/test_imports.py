@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What a batch is, its errors, its patches, its plan. Of the size index the folder of caches, and nothing else.
-SHARED = {"packed", "errors", "patches", "packing", "pairing", "text"}
+SHARED = {"packed", "capacity", "errors", "patches", "packing", "pairing", "text"}
 SHARED_NAMES = {"input_pipeline.size_index.cache_dir"}
 # Commands that read the stream as train.py does, to show its rows and to plan for its shapes; they live in navit_jax
 # because the commands do.

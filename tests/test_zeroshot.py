@@ -52,7 +52,7 @@ def test_a_process_hands_over_its_rows_and_reads_all():
 
     def tower(params, here):  # as devices do: the rows of all processes make one result
         step = next(whole)
-        for mine, all_rows in zip(here, step, strict=True):
+        for mine, all_rows in zip(here.arrays, step.arrays, strict=True):
             np.testing.assert_array_equal(mine, all_rows[[1, 3]])
         return text_tower(params, step)
 
