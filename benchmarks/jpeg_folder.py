@@ -1,7 +1,7 @@
 """A folder of generated JPEGs that cost a decoder what photographs do, for benchmarks without a download.
 
-Noise of octaves (1/f, as in natural images), some hard edges, a little grain; quality 87, 4:2:0: 1.5-2.3 bits a pixel,
-where ImageNet's photographs have about 4.5 (most are of quality 90 or more) and a web photograph about 2.
+Noise of octaves (1/f, as in natural images), some hard edges, grain; quality 87, 4:2:0: 1.8-2.3 bits a pixel. Bits and
+not pixels are what most of a JPEG decoder's time goes with, so a folder of other bits has other figures.
 """
 
 import os
