@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class RecentDraws:
-    """`draw(positions) -> Draws` of a sampler, which remembers the blocks that a planner asked for.
+    """`draw(positions) -> Draws` of a sampler, which remembers the ranges that a planner asked for, in blocks.
 
     A row's few images would cost as much to draw again as a block of 1024: 0.1 ms an image at four a row.
     """
@@ -60,15 +60,19 @@ class RecentDraws:
 
     def __call__(self, positions: np.ndarray) -> Draws:
         number, first = divmod(int(positions[0]), self.BLOCK) if len(positions) else (0, 1)
-        if first == 0 and 1 < len(positions) <= self.BLOCK and positions[-1] - positions[0] == len(positions) - 1:
+        if first == 0 and len(positions) > 1 and positions[-1] - positions[0] == len(positions) - 1:
             drawn = self.sampler(positions)
             with self._lock:
-                if number not in self._blocks or len(positions) > len(self._blocks[number].index):
-                    self._blocks[number] = drawn
-                if len(self._blocks) > self.BLOCKS:
-                    del self._blocks[next(iter(self._blocks))]
+                for start in range(0, len(positions), self.BLOCK):
+                    self._keep(number + start // self.BLOCK, Draws(*(x[start : start + self.BLOCK] for x in drawn)))
             return drawn
         return self._recall(positions) or self.sampler(positions)
+
+    def _keep(self, number: int, drawn: Draws) -> None:
+        if number not in self._blocks or len(drawn.index) > len(self._blocks[number].index):
+            self._blocks[number] = drawn
+        if len(self._blocks) > self.BLOCKS:
+            del self._blocks[next(iter(self._blocks))]
 
     def _recall(self, positions: np.ndarray) -> Draws | None:
         """From the blocks; None where one of them is not there."""

@@ -102,8 +102,14 @@ def test_contract_of_a_batch():
 def test_recent_draws_are_the_samplers():
     sampler = make_stream(make_config(), MemorySource()).sampler
     draw = building.RecentDraws(sampler)
-    for asked in (np.arange(1024), np.array([1024, 1025]), np.arange(1024, 2048), np.array([5, 1020, 1024, 2047])):
-        for positions in (asked, np.array([3, 900, 1500]), np.array([7, 5000])):
+    for asked in (
+        np.arange(1024),
+        np.array([1024, 1025]),
+        np.arange(1024, 2048),
+        np.arange(2048, 5500),
+        np.array([5, 1020, 1024, 2047]),
+    ):
+        for positions in (asked, np.array([3, 900, 1500]), np.array([7, 5000]), np.array([9000])):
             for found, wanted in zip(draw(positions), sampler(positions), strict=True):
                 assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
 
