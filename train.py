@@ -26,6 +26,7 @@ from navit_jax import (
     cli,
     console,
     distributed,
+    host_memory,
     metrics,
     navit,
     objectives,
@@ -69,6 +70,7 @@ def run_config(config: ConfigDict) -> None:
     """Train or evaluate, as one of the run's processes."""
     workdir = console.open_workdir(WORKDIR.value, config.name, EVAL_ONLY.value and not config.init_from)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
+    host_memory.keep()
     checks.check(config)
     run = build(config, workdir)
     if not EVAL_ONLY.value:

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--peers", nargs="*", default=PEERS, help="those of benchmarks.peers_torch")
     parser.add_argument("--tokens", type=int, default=65_536, help="of a step")
-    parser.add_argument("--remat", default="none", help="config.model.remat")
+    parser.add_argument("--remat", default="light", help="config.model.remat")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     if args.quick:

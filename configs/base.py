@@ -95,7 +95,7 @@ def model() -> ConfigDict:
     c.registers = 0  # extra tokens an image that belong to no patch
     c.dropout = 0.0
     c.stochastic_depth = 0.0  # of the last layer, linear from 0
-    c.remat = "none"  # none | dots | full: what the backward pass recomputes
+    c.remat = "light"  # none | light (norms and GELU) | dots | full: what the backward pass recomputes
     c.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU
     c.attention = "auto"  # a backend's name, or the rule of navit_jax.attention
     return c

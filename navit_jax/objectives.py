@@ -101,7 +101,8 @@ def supervised_gradient(
 
 
 def _accumulate(gradient: Gradient, parts: int, params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
-    slices = _slices(batch, parts)
+    batch, group = _group(batch, parts)
+    slices = _slices(batch, parts, group)
 
     def body(total: tuple, part: tuple) -> tuple[tuple, None]:
         i, rows = part
@@ -112,10 +113,26 @@ def _accumulate(gradient: Gradient, parts: int, params: dict, batch: Batch, key:
     return jax.lax.scan(body, zeros, (jnp.arange(parts), slices))[0]
 
 
-def _slices(batch: Batch, parts: int) -> Batch:
-    """[parts, B / parts, ...]: a part takes every `parts`-th row, so that each device finds its share of every part
-    among its own rows."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+def _group(batch: Batch, parts: int) -> tuple[Batch, int]:
+    """The batch and G, the rows that stay together in a part: a group of the planner's, or 1 and no promise."""
+    capacity = batch.images.capacity
+    if capacity and batch.index.shape[0] % (parts * capacity.rows) == 0:
+        return batch, capacity.rows
+    return batch._replace(images=batch.images._replace(capacity=None)), 1
+
+
+def _slices(rows: Any, parts: int, group: int) -> Any:
+    """[parts, B / parts, ...]: a part takes every `parts`-th group, so that each device has its share of every part."""
+    return jax.tree.map(lambda x: _swap(x, (-1, parts, group)).reshape(parts, -1, *x.shape[1:]), rows)
+
+
+def _whole(slices: Any, parts: int, group: int) -> Any:
+    """The reverse of `_slices`."""
+    return jax.tree.map(lambda x: _swap(x, (parts, -1, group), 2).reshape(-1, *x.shape[2:]), slices)
+
+
+def _swap(x: jax.Array, axes: tuple[int, ...], instead_of: int = 1) -> jax.Array:
+    return x.reshape(*axes, *x.shape[instead_of:]).swapaxes(0, 1)
 
 
 def _contrastive(config: ConfigDict, vocab_size: int) -> Objective:
@@ -174,11 +191,12 @@ def contrastive_gradient(
         return jax.grad(lambda p: loss(p, encode(p, batch, key), batch), has_aux=True)(params)
 
     def cached(params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
-        work = (jax.random.split(key, parts), _slices(batch, parts))
+        batch, group = _group(batch, parts)
+        work = (jax.random.split(key, parts), _slices(batch, parts, group))
         vectors = jax.lax.scan(lambda _, part: (None, encode(params, part[1], part[0])), None, work)[1]
-        rows = jax.tree.map(lambda z: z.swapaxes(0, 1).reshape(-1, *z.shape[2:]), vectors)  # as in the batch
-        (grads, slopes), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, rows, batch)
-        slopes = _slices(slopes, parts)
+        vectors = _whole(vectors, parts, group)
+        (grads, slopes), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, vectors, batch)
+        slopes = _slices(slopes, parts, group)
 
         def body(total: dict, part: tuple) -> tuple[dict, None]:
             key, rows, slope = part

@@ -1,8 +1,8 @@
 """The encoder: one pre-norm block, stacked over depth and run by a scan, so that 12 layers compile like one.
 
-Modules hold no rng state; a call gets a key, or None to be deterministic. GELU and norms keep one array for the
-backward pass and recompute the rest, because a scan stacks whatever is kept, one copy a layer: with JAX's own gradients
-of them a step of four layers on 8 rows of 256, width 384, takes 674 MiB of temporaries instead of 368, and 11 % longer.
+Modules hold no rng state; a call gets a key, or None to be deterministic. A scan stacks whatever the backward pass is
+given, one copy a layer, so a layer names what it keeps and recomputes the rest, all of it element by element: a step of
+a Ti over 6144 tokens takes 719 MiB of temporaries that way instead of 1325, in the same time.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as keep
 
 from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from navit_jax import attention, positions, sharding
 from navit_jax.attention import Groups
 
-REMAT = {
-    "none": None,
+REMAT = {  # what the backward pass is given
+    "none": None,  # all that it asks for
+    "light": jax.checkpoint_policies.save_from_both_policies(  # no product with weights is computed twice
+        jax.checkpoint_policies.save_only_these_names("q", "k", "v", *attention.KEPT, "middle", "up"), attention.kept
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the products with weights
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -39,7 +43,7 @@ class EncoderConfig:
     bias: bool = False
     dropout: float = 0.0
     stochastic_depth: float = 0.0
-    remat: str = "none"
+    remat: str = "light"
     dtype: str = "auto"
     attention: str = "auto"
 
@@ -105,28 +109,11 @@ class LayerNorm(nnx.Module):
         return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
 
-@jax.custom_vjp
 def _scaled_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return _norm_forward(x, scale)[0]
-
-
-def _norm_forward(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple]:
     centred = x.astype(jnp.float32)
     centred = centred - centred.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-    y = centred * inverse
-    return (y * scale).astype(x.dtype), (y.astype(x.dtype), inverse, scale)
-
-
-def _norm_backward(kept: tuple, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y, inverse, scale = kept
-    y, d = y.astype(jnp.float32), d.astype(jnp.float32)
-    d_y = d * scale
-    d_x = inverse * (d_y - d_y.mean(-1, keepdims=True) - y * (d_y * y).mean(-1, keepdims=True))
-    return d_x.astype(kept[0].dtype), (d * y).sum(range(d.ndim - 1))
-
-
-_scaled_norm.defvjp(_norm_forward, _norm_backward)
+    return (centred * inverse * scale).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -137,10 +124,10 @@ class Mlp(nnx.Module):
         self.down = Dense((mlp_dim,), (width,), bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(_gelu(self.up(x)))
+        return self.down(_gelu(keep(self.up(x), "up")))
 
 
-_gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True), prevent_cse=False)
+_gelu = partial(jax.nn.gelu, approximate=True)
 
 
 class Attention(nnx.Module):
@@ -154,7 +141,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = (LayerNorm(heads[1], bias=cfg.bias) if cfg.qk_norm else None for _ in range(2))
 
     def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        q_BLNH, k_BLNH, v_BLNH = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+        q_BLNH, k_BLNH, v_BLNH = (keep(f(x_BLD), name) for name, f in (("q", self.q), ("k", self.k), ("v", self.v)))
         if self.q_norm is not None:
             q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
         if rope is not None:
@@ -172,7 +159,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple | None, branch: Callable) -> jax.Array:
         """branch(y_BLD, i) is what reaches the residual of branch i: y, or y after dropout and stochastic depth."""
-        x_BLD = x_BLD + branch(self.attn(self.attn_norm(x_BLD), groups, rope), 0)
+        x_BLD = keep(x_BLD + branch(self.attn(self.attn_norm(x_BLD), groups, rope), 0), "middle")
         return x_BLD + branch(self.mlp(self.mlp_norm(x_BLD)), 1)
 
 

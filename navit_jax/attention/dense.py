@@ -8,6 +8,7 @@ operands, which a CPU does at half speed, into plain ones by transposing the thi
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as keep
 
 from input_pipeline.capacity import Capacity
 
@@ -41,14 +42,14 @@ def _attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax
 def _forward(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array) -> tuple[jax.Array, tuple]:
     q, k, v = (pin(x.swapaxes(1, 2)) for x in (q_BLNH, k_BLNH, v_BLNH))
     out_BNLH, log_sum_BNL1 = forward(q, k, v, _same(ids_BL))
-    out_BNLH = jnp.where(ids_BL[:, None, :, None] > 0, out_BNLH, 0)
-    return out_BNLH.swapaxes(1, 2), (q, k, v, out_BNLH, log_sum_BNL1, ids_BL)
+    out_BLNH = keep(jnp.where(ids_BL[:, None, :, None] > 0, out_BNLH, 0).swapaxes(1, 2), "attended")
+    return out_BLNH, (q, k, v, out_BLNH, keep(log_sum_BNL1, "log_sum"), ids_BL)
 
 
 def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, out_BNLH, log_sum_BNL1, ids_BL = kept
+    q, k, v, out_BLNH, log_sum_BNL1, ids_BL = kept
     d_out = pin(jnp.where(ids_BL[:, :, None, None] > 0, d_out_BLNH, 0).swapaxes(1, 2))
-    slope_BNL1 = (out_BNLH.astype(jnp.float32) * d_out).sum(-1, keepdims=True)
+    slope_BNL1 = (out_BLNH.astype(jnp.float32) * d_out_BLNH).sum(-1, keepdims=True).swapaxes(1, 2)
     grads = backward(q, k, v, _same(ids_BL), log_sum_BNL1, d_out, slope_BNL1)
     return *(x.swapaxes(1, 2) for x in grads), None
 

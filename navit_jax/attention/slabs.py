@@ -1,8 +1,8 @@
 """Attention over slabs: images of similar length side by side, so that each pays for its own length alone.
 
-The images of a group of rows, longest first, go to the slabs of its `Capacity`, [n, m] tokens each: dense attention with
-masked keys in each slab costs sum(n m^2), about the same at any L. Which token goes where is derived once a step; a
-layer gathers both ways, also in its backward pass, because scatters are slow.
+The images of a group of rows, longest first, go to the slabs of its `Capacity`, [n, m] tokens each: dense attention
+with masked keys in each slab costs sum(n m^2), about the same at any L. Which token goes where is derived once a step;
+a layer gathers both ways, also in its backward pass, because scatters are slow.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name as keep
 
 from input_pipeline.capacity import Capacity
 from navit_jax.attention import dense
@@ -99,7 +100,8 @@ def _forward(
     q, k, v = (_to_slabs(slabs, x, at) for x in (q_BLNH, k_BLNH, v_BLNH))
     masks = [real[:, None, None, :] for real in _cut(slabs, at.real_QS)]
     outs, log_sums = zip(*map(dense.forward, q, k, v, masks), strict=True)
-    out_BLNH = _from_slabs(outs, at, q_BLNH.shape)
+    out_BLNH = keep(_from_slabs(outs, at, q_BLNH.shape), "attended")
+    log_sums = [keep(x, "log_sum") for x in log_sums]
     return out_BLNH, (q, k, v, out_BLNH, log_sums, at)
 
 

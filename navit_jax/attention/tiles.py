@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as keep
 
 from navit_jax.attention.dense import MASKED
 from navit_jax.attention.devices import on_each_device
@@ -94,7 +95,7 @@ def _forward(
         return None, (out / some, top + jnp.log(some))
 
     _, (out, log_sum) = jax.lax.scan(some_tiles, None, visits)
-    out = _in_order(out, prepared).astype(q.dtype)
+    out, log_sum = keep(_in_order(out, prepared).astype(q.dtype), "attended"), keep(log_sum, "log_sum")
     return _join(out, ids_BL.shape), (q, k, v, out, log_sum, ids_BL, prepared)
 
 
