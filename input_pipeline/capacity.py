@@ -25,7 +25,7 @@ class Capacity:
 
     slabs: (count, length) pairs, lengths strictly descending. The images of a group, longest first, are each at most as
     long as the place of the same number in the slabs, and there are no more images than places. Hashable, so static
-    under jit once `navit_jax.attention` has registered it.
+    under jit once `navit_jax.sharding` has registered it.
     """
 
     rows: int

@@ -38,7 +38,8 @@ def dry_run(draw: Callable[[np.ndarray], Draws], images: int, *, length: int, sl
     rows = []
     while planner.cursor < images:
         rows.append(next(planner))
-    rows = rows or list(planner)
+    if 2 * sum(len(r.keep) for r in rows) < images:  # but where all the images wait, those rows are all there are
+        rows += planner
     tokens = sum(int(r.keep.sum()) for r in rows)
     total = len(rows) * length
     placed = sum(len(r.keep) for r in rows)

@@ -114,6 +114,11 @@ def test_rows_of_a_group():
         checks.check(config)
 
 
+def test_a_dry_run_of_fewer_images_than_may_wait_looks_at_every_row():
+    found = dry_run.dry_run(fake([LENGTH] * 3 + [8] * 8), 11, length=LENGTH, slots=LENGTH)
+    assert (found.rows, found.images, found.most, found.fill) == (5, 11, 4, 1.0)
+
+
 def test_rows_stay_full_within_the_profile():
     """Default sampling; before dropped tokens fill the rows, and while the lengths are others than in the dry run."""
     sizes = np.load(Path(__file__).parent / "data" / "sizes_100k.npz")["sizes"].astype(int)

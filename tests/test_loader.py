@@ -10,6 +10,7 @@ from configs import base
 from input_pipeline import rows as building
 from input_pipeline import stream
 from input_pipeline.errors import UserError
+from input_pipeline.packing import RowPlan
 
 
 def make_config(**data):
@@ -114,11 +115,22 @@ def test_recent_draws_are_the_samplers():
                 assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_a_planned_row_without_images_is_a_row_of_padding(mixup):
+    """A group's profile can have no place for any image that waits; labels of classes and of blends."""
+    config, nothing = make_config(), np.zeros(0, np.int64)
+    config.augment.mixup = mixup
+    builder = make_stream(config, MemorySource()).builder
+    row, padding = builder(RowPlan(nothing, nothing)), building.empty_row(builder)
+    for found, wanted in zip((*row.images.arrays, *row[1:3]), (*padding.images.arrays, *padding[1:3]), strict=True):
+        assert found.dtype == wanted.dtype and np.array_equal(found, wanted)
+
+
 def test_every_image_once_an_epoch():
     config, source = make_config(), MemorySource(count=30)
     seen = [i for batch, _ in make_stream(config, source).loader(12) for i in batch.index[batch.index >= 0]]
     counts = np.bincount(seen, minlength=30)
-    # rows are emitted a little out of order: 16 open rows hold the difference
+    # images come a little out of order: those that wait are the difference
     assert counts.min() >= 1 and len(seen) > 100
     sampler = make_stream(config, source).sampler
     for epoch in range(3):
