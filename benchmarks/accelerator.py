@@ -5,10 +5,12 @@
 
 bfloat16 with float32 parameters, Adam, images of 16 to 256 tokens, rows as planned and already on the device. MFU
 counts useful FLOPs only (`navit.flops_forward` times three: no padding, no masked logits, nothing recomputed) against
-the card's peak. Peers pack or pad in their step, as their users do, under torch's autocast.
+the card's peak. Peers run before, in processes of their own, on the same card under torch's autocast; no step waits
+for the host. vit-pytorch packs in its model, as part of its step; timm's batch is padded before, as ours is packed.
 """
 
 import argparse
+import os
 import statistics
 import time
 
@@ -17,9 +19,11 @@ import numpy as np
 from benchmarks import common
 from benchmarks.images import draw_grids, plan_step
 from benchmarks.train_step import IMAGES, SEED, TOKENS
+from benchmarks.worker import Worker
 
 BACKENDS = ("dense", "slabs", "tiles", "splash", "flash", "cudnn")
 PEERS = ("vit-pytorch", "timm")
+UPDATES = 5  # between two looks at the clock, so that the host's share overlaps as it does in a run
 
 
 def spec_of(variant: str, length: int, tokens: int, args: argparse.Namespace) -> dict:
@@ -34,7 +38,7 @@ def spec_of(variant: str, length: int, tokens: int, args: argparse.Namespace) ->
     grids = np.tile(draw_grids(IMAGES, TOKENS, first=SEED), (copies, 1))
     rows = max(1, tokens // length // 8) * 8 if tokens >= 8 * length else 1
     model = dict(remat=args.remat, dtype="bfloat16")
-    return plan_step(grids, length, rows).spec() | dict(sizes=sizes, model=model)
+    return plan_step(grids, length, rows).spec() | dict(sizes=sizes, model=model, updates=1 if args.quick else UPDATES)
 
 
 def ours(spec: dict, backend: str, repeats: int) -> tuple[float, float]:
@@ -49,27 +53,35 @@ def ours(spec: dict, backend: str, repeats: int) -> tuple[float, float]:
     times, state = [], side.state
     for _ in range(2 + repeats):
         start = time.perf_counter()
-        for _ in range(5):  # so that the host's share overlaps as it does in a run
+        for _ in range(spec["updates"]):
             state, _ = step(state, batch, side.host)
         jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / 5)
+        times.append((time.perf_counter() - start) / spec["updates"])
     return statistics.median(times[2:]), side.info["gflop"]
 
 
 def peer(name: str, spec: dict, repeats: int) -> float:
-    """Seconds a step of a peer under torch's autocast, on CUDA where there is one, its packing included."""
-    import torch
+    """Seconds a step of a peer under torch's autocast, on the device that ours runs on."""
+    import jax
 
-    from benchmarks.peers_torch import SIDES
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side, times = SIDES[name](spec | dict(device=device)), []
-    with torch.autocast(device, torch.bfloat16):
-        for _ in range(2 + repeats):
-            start = time.perf_counter()
-            side.step()
-            times.append(time.perf_counter() - start)
+    how = dict(device="cpu" if jax.default_backend() == "cpu" else "cuda", threads=common.cores())
+    with Worker(spec | how | dict(side=name, autocast=True, collated=True)) as side:
+        times = [side.seconds() / spec["updates"] for _ in range(2 + repeats)]
     return statistics.median(times[2:])
+
+
+def runnable_peers(names: list[str]) -> list[str]:
+    """Those that are installed, if torch has the device that ours runs on; says why not."""
+    import jax
+
+    names, platform = [name for name in names if common.installed(name)], jax.default_backend()
+    if names and platform != "cpu":
+        import torch
+
+        if platform != "gpu" or not torch.cuda.is_available():
+            print(f"peers left out: torch {torch.__version__} cannot use {jax.devices()[0].device_kind}")
+            return []
+    return names
 
 
 def measure(variant: str, length: int, args: argparse.Namespace) -> tuple[list[list[str]], list[dict]]:
@@ -83,6 +95,7 @@ def measure(variant: str, length: int, args: argparse.Namespace) -> tuple[list[l
     spec = spec_of(variant, length, args.tokens, args)
     tokens, name = int(np.prod(spec["grids"], axis=1).sum()), f"{variant} L{length}"
     peak, _ = metrics.peak_flops(jax.local_devices()[0], jnp.dtype("bfloat16"))
+    others = {other: peer(other, spec, args.repeats) for other in args.peers}  # before ours fills the memory
     found, cells, rows = {}, [], []
     for backend in runnable(args.backends, spec):
         seconds, gflop = ours(spec, backend, args.repeats)
@@ -91,8 +104,7 @@ def measure(variant: str, length: int, args: argparse.Namespace) -> tuple[list[l
         print(" | ".join(cells[-1]), flush=True)
         rows.append(common.row(f"{name} {backend} MFU", "%", 100 * mfu, 40.0, mfu / 0.4))
     best = min(found.values())
-    for other in args.peers:
-        seconds = peer(other, spec, args.repeats)
+    for other, seconds in others.items():
         cells.append([name, other, f"{tokens / seconds:,.0f}", ""])
         rows.append(common.row(f"{other} {name}", "tokens/s", tokens / best, tokens / seconds, seconds / best))
     return cells, rows
@@ -110,7 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.repeats, args.variants, args.lengths = 2048, 1, ("B/16",), args.lengths[:1]
-    args.peers = [name for name in args.peers if common.installed(name)]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a card's memory, which peers need too
+    args.peers = runnable_peers(args.peers)
     print(common.header("jax", "jaxlib", "torch", *args.peers))
     cells, rows = [], []
     for variant in args.variants:

@@ -18,7 +18,9 @@ class Peer:
     """A model, its Adam, and the images as float tensors [3, h, w] in [-1, 1].
 
     spec: `grids`; `sizes`, width, depth, heads and mlp_dim; `length` or, where it is not ours, `peer_length`,
-    tokens a row; `threads`; `device`, the CPU unless said.
+    tokens a row; `threads`; `device`, the CPU unless said; `updates` of a step, 1 unless said, behind each other
+    without waiting for the device; `autocast`: in bfloat16; `collated`: batches that are padded by a loader are so
+    before the step.
     """
 
     def __init__(self, spec: dict):
@@ -30,6 +32,8 @@ class Peer:
         images = [torch.from_numpy(x).permute(2, 0, 1).float().div(127.5).sub(1).contiguous() for x in images]
         self.images, self.labels = [x.to(self.device) for x in images], torch.from_numpy(labels).to(self.device)
         self.length, self.embedded = spec.get("peer_length", spec["length"]), 0.0
+        self.updates, self.collated = spec.get("updates", 1), spec.get("collated", False)
+        self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=spec.get("autocast", False))
         self.model = self.build(PATCH * int(-(-grids.max() // 8) * 8), **spec["sizes"]).to(self.device).train()
         for name, module in self.model.named_modules():
             if name in ("to_patch_embedding", "embeds"):
@@ -58,10 +62,12 @@ class Peer:
     def step(self) -> dict:
         """pack: seconds from the images to the first layer."""
         start = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.forward(), self.labels)
-        loss.backward()
-        self.optimizer.step()
+        for _ in range(self.updates):
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.autocast:
+                loss = F.cross_entropy(self.forward(), self.labels)
+            loss.backward()
+            self.optimizer.step()
         return dict(loss=float(loss.detach()), pack=self.embedded - start)
 
 
@@ -106,17 +112,21 @@ class Timm(Peer):
         from timm.data.naflex_transforms import Patchify
         from timm.models.naflexvit import NaFlexVit
 
-        self.images = [x.cpu() for x in self.images]  # its collator works there
+        self.images, self.ready = [x.cpu() for x in self.images], None  # its collator works there
         longest = max(x.shape[1] * x.shape[2] for x in self.images) // PATCH**2
         self.patchify, self.collate = Patchify(PATCH), NaFlexCollator(longest)
         sizes = dict(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / width, patch_size=PATCH)
         positions = dict(pos_embed="factorized", pos_embed_grid_size=(side // PATCH, side // PATCH))
         return NaFlexVit(num_classes=LABELS, qk_norm=True, qkv_bias=False, global_pool="map", **sizes, **positions)
 
-    def forward(self) -> torch.Tensor:
+    def batch(self) -> dict:
         batch = self.collate([(self.patchify(x), 0) for x in self.images])[0]
-        return self.model({k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def forward(self) -> torch.Tensor:
+        if self.collated and self.ready is None:
+            self.ready = self.batch()
+        return self.model(self.ready or self.batch())
 
 
 SIDES = {"vit-pytorch": VitPytorch, "vit-pytorch nested": VitPytorchNested, "monai": Monai, "timm": Timm}
-PACKAGES = {"vit-pytorch": "vit-pytorch", "vit-pytorch nested": "vit-pytorch", "monai": "monai", "timm": "timm"}
