@@ -113,7 +113,7 @@ def rule(case: Case) -> tuple[str, ...]:
     CPU, against dense: slabs 1.1x as fast at L=256 and 3x at 1024, tiles 1.1x and 2.8x (`benchmarks.attention`).
     """
     if case.platform == "cpu":
-        return ("slabs", "tiles", "dense")
+        return ("slabs", "dense") if case.length <= 256 else ("slabs", "tiles", "dense")
     if case.platform == "tpu":
         return ("dense",) if case.length <= 256 else ("splash", "flash", "dense")[case.length <= 1024 :]
     return ("dense",) if case.length <= 256 else ("cudnn", "slabs", "dense")
