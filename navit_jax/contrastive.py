@@ -21,8 +21,9 @@ from navit_jax import navit, sharding, text_tower, transformer
 
 SIZES = ("width", "depth", "heads", "mlp_dim")
 SHARED_FIELDS = (  # of configs.base.model, the same in both towers
-    *("qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype", "attention"),
+    *("qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype"),
 )
+PLANNED = ("slabs", "cudnn")  # attention that needs rows planned within a capacity, which rows of texts are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def from_config(config: ConfigDict, *, vocab_size: int) -> TwoTowersConfig:
     text_config = text_tower.TextConfig(
         **{name: text[name] or getattr(image, name) for name in SIZES},
         **{name: config.model[name] for name in SHARED_FIELDS},
+        attention="auto" if config.model.attention in PLANNED else config.model.attention,
         vocab_size=table_size(text, vocab_size),
         max_tokens=text.max_tokens,
         pool=text.pool,

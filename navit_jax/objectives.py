@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed
-from navit_jax import contrastive, losses, navit, optim, text_tower
+from navit_jax import contrastive, losses, navit, optim, sharding, text_tower
 from navit_jax.contrastive_loss import Ids, contrastive_loss
 
 Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
@@ -114,9 +114,10 @@ def _accumulate(gradient: Gradient, parts: int, params: dict, batch: Batch, key:
 
 
 def _group(batch: Batch, parts: int) -> tuple[Batch, int]:
-    """The batch and G, the rows that stay together in a part: a group of the planner's, or 1 and no promise."""
+    """The batch and how many rows stay together in a part: a planned group, where each device has whole ones for
+    every part; or 1, and no promise."""
     capacity = batch.images.capacity
-    if capacity and batch.index.shape[0] % (parts * capacity.rows) == 0:
+    if capacity and batch.index.shape[0] % (parts * capacity.rows * sharding.row_shards()) == 0:
         return batch, capacity.rows
     return batch._replace(images=batch.images._replace(capacity=None)), 1
 

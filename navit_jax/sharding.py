@@ -136,9 +136,11 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
 
 
 def row_shards() -> int:
-    """Into how many parts the rows are split under a step's mesh; 1 elsewhere."""
+    """Into how many parts the rows are split under a step's mesh; 1 elsewhere, and where a device sees only its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    return int(np.prod([mesh.shape.get(axis, 1) for axis in BATCH]))
 
 
 def under(mesh: Mesh) -> Any:

@@ -127,7 +127,21 @@ class Mlp(nnx.Module):
         return self.down(_gelu(keep(self.up(x), "up")))
 
 
-_gelu = partial(jax.nn.gelu, approximate=True)
+@jax.custom_vjp
+def _gelu(x: jax.Array) -> jax.Array:
+    """With tanh. JAX's own gradient of it passes over the [B, L, F] array three times on a CPU, this one once."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
+    scale = np.sqrt(2 / np.pi).astype(np.float32)
+    wide = x.astype(jnp.float32)
+    tanh = jnp.tanh(scale * (wide + 0.044715 * wide**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * scale * (1 + 3 * 0.044715 * wide * wide)
+    return ((d * slope).astype(x.dtype),)
+
+
+_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 class Attention(nnx.Module):

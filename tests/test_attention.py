@@ -113,6 +113,15 @@ def test_slabs_edge_lengths():
     ids = rows_of([1, L - 1], [L], [], [1] * 20, [17, 15, 3], [16, 16, 16], [8, 9], [L])
     assert_matches(ids, backend="slabs", capacity=slabs(2, *[1] * 21, 15, 16, 16, 17, L, L))
     assert_matches(rows_of([], []), backend="slabs", capacity=slabs(1, L))
+    assert_matches(rows_of([1] * L, [2, 3]), backend="slabs", capacity=Capacity(1, ((4, 8), (L, 1))))  # places > tokens
+
+
+def test_a_group_beyond_its_capacity_is_not_a_number():
+    """Rather than an image lost in silence; other groups are as ever."""
+    ids = rows_of([20, 10], [30], [8, 8, 8], [8])
+    q, k, v, d_out = inputs(np.random.default_rng(0), 4)
+    out = np.asarray(with_gradients(q, k, v, ids, d_out, backend="slabs", capacity=Capacity(1, ((1, 24), (1, 16))))[0])
+    assert np.isnan(out[1:3]).all() and np.isfinite(out[[0, 3]]).all()
 
 
 @settings(max_examples=15, deadline=None)

@@ -110,13 +110,15 @@ def choose(setting: str, case: Case) -> str:
 def rule(case: Case) -> tuple[str, ...]:
     """Backends in the order of preference; `dense` can always run. Only the CPU's order was timed, the others counted.
 
-    CPU, against dense: slabs 1.1x as fast at L=256 and 3x at 1024, tiles 1.1x and 2.8x (`benchmarks.attention`).
+    On a CPU slabs pay where they hold fewer pairs of tokens than rows do; tiles from L=512 (`benchmarks.attention`).
     """
+    long = case.length > 256
+    slabs = ("slabs",) if case.capacity and case.capacity.pairs < 0.8 * case.capacity.rows * case.length**2 else ()
     if case.platform == "cpu":
-        return ("slabs", "dense") if case.length <= 256 else ("slabs", "tiles", "dense")
+        return (*slabs, "tiles", "dense") if long else (*slabs, "dense")
     if case.platform == "tpu":
-        return ("dense",) if case.length <= 256 else ("splash", "flash", "dense")[case.length <= 1024 :]
-    return ("dense",) if case.length <= 256 else ("cudnn", "slabs", "dense")
+        return ("splash", "flash", "dense") if case.length > 1024 else ("flash", "dense") if long else ("dense",)
+    return ("cudnn", *slabs, "dense") if long else ("dense",)
 
 
 def _platform() -> str:

@@ -24,12 +24,13 @@ class Places(NamedTuple):
     """Q groups of T = G * L tokens, S = sum(n * m) places in the slabs.
 
     tokens: [Q, S] int32, the token of each place; of an empty place any. real: [Q, S], which places are not empty.
-    places: [Q, T] int32, the place of each token; S for padding.
+    places: [Q, T] int32, the place of each token; S for padding. fits: [Q], whether the group is within its capacity.
     """
 
     tokens_QS: jax.Array
     real_QS: jax.Array
     places_QT: jax.Array
+    fits_Q: jax.Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["places"], meta_fields=["capacity"])
@@ -58,7 +59,8 @@ def prepare(ids_BL: jax.Array, capacity: Capacity) -> Prepared:
 def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: jax.Array, prepared: Prepared) -> jax.Array:
     """Softmax attention among tokens of equal id; outputs and gradients of id 0 are exactly 0.
 
-    q, k, v: [B, L, N, H] of one float dtype. Returns [B, L, N, H] in that dtype; logits and softmax are float32.
+    q, k, v: [B, L, N, H] of one float dtype. Returns [B, L, N, H] in that dtype; logits and softmax are float32. Groups
+    that are not within their capacity are NaN: a lost image must not go unnoticed.
     """
     slabs = prepared.capacity.slabs
     return on_each_device(lambda q, k, v, at: _attend(slabs, q, k, v, at), (q_BLNH, k_BLNH, v_BLNH), prepared.places)
@@ -70,9 +72,7 @@ def _places(capacity: Capacity, ids_BL: jax.Array) -> Places:
     new_QT = (ids_QT != jnp.roll(ids_QT, 1, axis=1)) | (at_T % length == 0)
     first_QT = (ids_QT > 0) & new_QT
     last_QT = (ids_QT > 0) & jnp.roll(new_QT, -1, axis=1)
-    first_QP, last_QP = (
-        jnp.sort(jnp.where(edge, at_T, at_T.size), axis=1)[:, : capacity.places] for edge in (first_QT, last_QT)
-    )
+    first_QP, last_QP = (_positions(edge, capacity.places) for edge in (first_QT, last_QT))
     length_QP = jnp.where(first_QP < at_T.size, last_QP - first_QP + 1, 0)
     order_QP = jnp.argsort(-length_QP, axis=1)  # of images by length, longest first; the order of the slabs
     take = partial(jnp.take_along_axis, axis=1)
@@ -86,7 +86,15 @@ def _places(capacity: Capacity, ids_BL: jax.Array) -> Places:
     place_QP = take(starts_P - first_QP, jnp.argsort(order_QP, axis=1))  # added to a token gives its place
     image_QT = jnp.clip(jnp.cumsum(first_QT, axis=1) - 1, 0, sizes_P.size - 1)
     places_QT = jnp.where(ids_QT > 0, take(place_QP, image_QT) + at_T, image_S.size)
-    return Places(tokens_QS, real_QS, places_QT)
+    fits_Q = (length_QP <= sizes_P).all(1) & (first_QT.sum(1) <= sizes_P.size)
+    return Places(tokens_QS, real_QS, places_QT, fits_Q)
+
+
+def _positions(edge_QT: jax.Array, count: int) -> jax.Array:
+    """The first `count` positions that are marked, ascending, then T; [Q, count] int32."""
+    tokens = edge_QT.shape[1]
+    at_QT = jnp.sort(jnp.where(edge_QT, jnp.arange(tokens, dtype=jnp.int32), tokens), axis=1)
+    return jnp.pad(at_QT, ((0, 0), (0, max(0, count - tokens))), constant_values=tokens)[:, :count]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,7 +108,8 @@ def _forward(
     q, k, v = (_to_slabs(slabs, x, at) for x in (q_BLNH, k_BLNH, v_BLNH))
     masks = [real[:, None, None, :] for real in _cut(slabs, at.real_QS)]
     outs, log_sums = zip(*map(dense.forward, q, k, v, masks), strict=True)
-    out_BLNH = keep(_from_slabs(outs, at, q_BLNH.shape), "attended")
+    fits_B111 = jnp.repeat(at.fits_Q, q_BLNH.shape[0] // at.fits_Q.size)[:, None, None, None]
+    out_BLNH = keep(jnp.where(fits_B111, _from_slabs(outs, at, q_BLNH.shape), jnp.nan), "attended")
     log_sums = [keep(x, "log_sum") for x in log_sums]
     return out_BLNH, (q, k, v, out_BLNH, log_sums, at)
 

@@ -19,7 +19,7 @@ from navit_jax.plan import estimate, hlo, step, topology, traffic
 from navit_jax.plan.program import Program, read
 
 _ATTEMPTS = 4
-_REMATS = ("none", "dots", "full")
+_REMATS = ("none", "light", "dots", "full")  # from the most memory to the least
 
 
 def settings(changes: dict) -> str:
