@@ -212,7 +212,7 @@ def test_a_fresh_tower_has_small_tables():
         (dict(depth=-1), "text.depth is -1"),
         (dict(vocab_size=0), "text.vocab_size is 0"),
         (dict(max_tokens=0), "text.max_tokens is 0"),
-        (dict(attention="flash"), "dense"),
+        (dict(attention="fast"), "dense"),
     ],
 )
 def test_towers_that_cannot_work_are_refused(fields, words):
