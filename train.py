@@ -5,6 +5,11 @@ dispatched before the one before it is looked at, so the device never waits for 
 saved only once its loss was seen finite.
 """
 
+# ruff: noqa: E402
+from navit_jax import host_memory
+
+host_memory.keep()
+
 import contextlib
 import functools
 import json
@@ -26,7 +31,6 @@ from navit_jax import (
     cli,
     console,
     distributed,
-    host_memory,
     metrics,
     navit,
     objectives,
@@ -70,7 +74,6 @@ def run_config(config: ConfigDict) -> None:
     """Train or evaluate, as one of the run's processes."""
     workdir = console.open_workdir(WORKDIR.value, config.name, EVAL_ONLY.value and not config.init_from)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
-    host_memory.keep()
     checks.check(config)
     run = build(config, workdir)
     if not EVAL_ONLY.value:

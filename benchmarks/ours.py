@@ -15,7 +15,7 @@ from configs import base
 from input_pipeline import patches
 from input_pipeline.capacity import Capacity
 from input_pipeline.packed import Batch, Packed
-from navit_jax import console, host_memory, objectives, optim, sharding, train_step
+from navit_jax import console, objectives, optim, sharding, train_step
 
 
 def pack(images: Sequence[np.ndarray], labels: np.ndarray, rows: list[list[int]], length: int) -> Batch:
@@ -44,7 +44,6 @@ class Ours:
     """
 
     def __init__(self, spec: dict):
-        host_memory.keep()  # as train.py does
         grids = np.array(spec["grids"])
         self.images, self.labels = make_images(grids, PATCH)
         self.place(grids, spec)

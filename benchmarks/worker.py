@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from navit_jax import host_memory
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -77,6 +79,8 @@ def reset_peak() -> None:
 def make(spec: dict) -> object:
     """The side's object: `step() -> {pack, loss, ...}`, and `info`, a dict."""
     if spec["side"].startswith("ours"):
+        host_memory.keep()  # as train.py does
+
         from benchmarks import ours as module
     elif spec["side"].endswith("attention"):
         from benchmarks import attention as module
