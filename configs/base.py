@@ -37,7 +37,7 @@ def packing() -> ConfigDict:
     c.row_length = 256  # L, tokens a row: the smallest that holds the largest image is the fastest
     c.rows_per_step = 8  # B, over all devices
     c.images_per_row = 0  # K, slots a row; 0: twice the mean, from a dry run of the planner
-    c.rows_per_group = 0  # G, rows of a capacity profile: a divisor of rows_per_step; 0: 8, 4, 2 or 1
+    c.rows_per_group = 0  # G, rows that share a capacity profile; a device wants whole groups. 0: 8, 4, 2 or 1
     c.look_ahead = 512  # images that wait for the row that they fill best
     c.restore_dropped = True  # fill a closed row's gap with tokens that its images had dropped
     return c
