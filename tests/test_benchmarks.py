@@ -88,6 +88,7 @@ def test_the_pictures_differ_in_aspect_natively_and_not_squashed():
     assert all(image.max() > 150 for image in native + squashed)
 
 
+@pytest.mark.slow
 def test_a_short_training_counts_what_it_trained_on(monkeypatch, tmp_path):
     monkeypatch.setattr(equal_compute, "SUBSET", 20)
     monkeypatch.setattr(equal_compute, "POINTS", 2)

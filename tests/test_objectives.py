@@ -104,6 +104,7 @@ def test_parts_are_dropped_out_alike_in_both_passes():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_has_no_gradient_and_its_backward_pass_is_not_computed():
     batch, mesh = random_batch(0), sharding.make_mesh()
     flops = {}
@@ -126,6 +127,7 @@ def test_a_frozen_tower_has_no_gradient_and_its_backward_pass_is_not_computed():
     assert both < objective.flops(*lengths)
 
 
+@pytest.mark.slow
 def test_the_scale_stays_below_its_maximum():
     c = config(init_scale=100.0)
     c.optim.update(lr=1.0, schedule="constant", weight_decay=(), clip_norm=0.0)

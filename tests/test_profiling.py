@@ -23,6 +23,7 @@ def test_steps_that_the_run_does_not_train_are_refused(tmp_path, start, total):
         profiling.Profile("10:13", tmp_path).check(start, total)
 
 
+@pytest.mark.slow
 def test_the_trace_of_a_run_holds_its_steps_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PROFILE_STEPS", type("Flag", (), {"value": "6:8"}))
     records = run(tiny(log_every_steps=4, checkpoint_every_steps=0), tmp_path)

@@ -54,7 +54,9 @@ def run(steps=3, capacity=None, **options):
     return jax.device_get(state), seen
 
 
-@pytest.mark.parametrize("parts, capacity", [(2, Capacity(2, ((1, 16), (3, 8)))), (4, None)])
+@pytest.mark.parametrize(
+    "parts, capacity", [(2, Capacity(2, ((1, 16), (3, 8)))), pytest.param(4, None, marks=pytest.mark.slow)]
+)
 def test_accumulation_equals_the_undivided_step(parts, capacity):
     """The parts hold 3 + 0 images and so on: a mean of means would differ. Parts of two are groups in slabs."""
     one, seen_one = run()
