@@ -38,6 +38,7 @@ class _BarHandler(logging.Handler):
 def open_workdir(given: str, name: str, must_exist: bool) -> Path:
     """The run's folder, made where it is new, and how to resume it. Raises UserError if it cannot be written."""
     logging.basicConfig(handlers=[_BarHandler()], level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("navit_jax.attention").setLevel(logging.INFO)  # which backend was chosen
     if "://" in given:
         raise UserError(f"--workdir={given}: runs are written to local folders, found an address")
     if not distributed.is_lead():  # the lead's words are enough; mistakes and warnings go to stderr
