@@ -88,7 +88,7 @@ def test_parts_are_dropped_out_alike_in_both_passes():
     mesh, batch, key = sharding.make_mesh(), random_batch(1), jax.random.key(3)
 
     def loss_of_parts(params):
-        towers, parts = navit.merge(graph, params), objectives._slices(batch, 2)
+        towers, parts = navit.merge(graph, params), objectives._slices(batch, 2, 1)
         z = []
         for i, part_key in enumerate(jax.random.split(key, 2)):
             rows, keys = jax.tree.map(lambda x: x[i], parts), jax.random.split(part_key)  # noqa: B023
