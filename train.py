@@ -8,7 +8,7 @@ saved only once its loss was seen finite.
 # ruff: noqa: E402
 from navit_jax import host_memory
 
-host_memory.keep()
+host_memory.keep()  # before numpy and jax start threads
 
 import contextlib
 import functools

@@ -20,7 +20,7 @@ from input_pipeline.errors import UserError
 from navit_jax import attention, positions, sharding
 from navit_jax.attention import Groups
 
-REMAT = {  # what the backward pass is given
+REMAT = {  # what the backward pass is given, from the most memory to the least
     "none": None,  # all that it asks for
     "light": jax.checkpoint_policies.save_from_both_policies(  # no product with weights is computed twice
         jax.checkpoint_policies.save_only_these_names("q", "k", "v", *attention.KEPT, "middle", "up"), attention.kept

@@ -109,9 +109,8 @@ def _attend(
     tile = prepared.ids_Tt.shape[1]
     blocks = kernel.BlockSizes(*[tile] * 8)
     queries = MaskInfo(prepared.tiles_TW[None], None, 2 * prepared.visit_TW[None], None, None)  # 2: all of a tile
-    keys = MaskInfo(
-        prepared.tiles_TW.T[None], None, 2 * prepared.visit_TW.T[None], None, None
-    )  # who sees whom is mutual
+    # Who sees whom is mutual.
+    keys = MaskInfo(prepared.tiles_TW.T[None], None, 2 * prepared.visit_TW.T[None], None, None)
     run = kernel.SplashAttentionKernel(
         queries,
         queries,

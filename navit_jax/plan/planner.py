@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from input_pipeline import checks
 from input_pipeline.errors import UserError
-from navit_jax import navit
+from navit_jax import navit, transformer
 from navit_jax.plan import estimate, hlo, step, topology, traffic
 from navit_jax.plan.program import Program, read
 
 _ATTEMPTS = 4
-_REMATS = ("none", "light", "dots", "full")  # from the most memory to the least
+_REMATS = tuple(transformer.REMAT)
 
 
 def settings(changes: dict) -> str:
