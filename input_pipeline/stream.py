@@ -17,7 +17,7 @@ from input_pipeline.size_index import Group
 from input_pipeline.size_index import sizes as read_sizes
 from input_pipeline.sources import Source, open_source
 from input_pipeline.sources.problems import check_share, report
-from input_pipeline.text import Tokenizer, open_tokenizer, table_size
+from input_pipeline.text import Tokenizer, from_config, table_size
 from input_pipeline.text_index import Texts, check_distinct, check_missing, read_texts
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def open_images(config: ConfigDict, split: str, group: Group | None = None) -> I
 def _with_texts(config: ConfigDict, images: Images, spec: str, split: str, group: Group | None) -> Images:
     """The images that have a text. A held-out set of classes without any text stays whole, for zero-shot alone."""
     text, source = config.text, images.source
-    tokenizer = open_tokenizer(text.tokenizer)
+    tokenizer = from_config(text)
     table_size(text, tokenizer.vocab_size)  # refused before all texts are read
     texts = read_texts(source, tokenizer, max_tokens=text.max_tokens, lower=text.lower, group=group)
     if split == "eval" and images.classes and not texts.lengths.any():

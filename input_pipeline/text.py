@@ -47,6 +47,19 @@ def open_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"{where}: {EXPECTED}{hint}")
 
 
+def from_config(text: ConfigDict) -> Tokenizer:
+    """The tokenizer of `config.text`, filled up where `text.pad` is an id. Errors: as `open_tokenizer`."""
+    return filled(open_tokenizer(text.tokenizer), text.pad, text.max_tokens)
+
+
+def filled(tokenizer: Tokenizer, pad: int, length: int) -> Tokenizer:
+    """A tokenizer whose texts have `length` tokens or more, the last of them `pad`; itself where pad is negative.
+
+    For towers that learned to read their padding, as SigLIP's: they pool its last position.
+    """
+    return Filled(tokenizer, pad, length) if pad >= 0 else tokenizer
+
+
 def table_size(text: ConfigDict, vocab_size: int) -> int:
     """Rows of the token table that `config.text` asks for. Raises UserError where they are fewer than the tokens."""
     if 0 < text.vocab_size < vocab_size:
@@ -145,6 +158,21 @@ class SentencePieceTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)
+
+
+class Filled:
+    """See `filled`. A longer text stays as it is: whoever cuts it says so, and keeps its end."""
+
+    def __init__(self, tokenizer: Tokenizer, pad: int, length: int):
+        self.tokenizer, self.pad, self.length = tokenizer, pad, length
+        self.vocab_size, self.end = max(tokenizer.vocab_size, pad + 1), tokenizer.end
+
+    def __call__(self, text: str) -> list[int]:
+        ids = self.tokenizer(text)
+        return ids + [self.pad] * (self.length - len(ids))
+
+    def fingerprint(self) -> str:
+        return f"{self.tokenizer.fingerprint()} filled with {self.pad} to {self.length}"
 
 
 def _read(path: str, where: str) -> bytes:

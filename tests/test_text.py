@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import base
 from input_pipeline.errors import DecodeError, UserError
-from input_pipeline.text import encode, open_tokenizer
+from input_pipeline.text import encode, filled, from_config, open_tokenizer
 
 WORDS = ["a red dog", "a blue cat", "two red cats", "the dog and the cat"]
 
@@ -118,6 +119,28 @@ def test_equal_looking_texts_are_equal():
     assert encode(tokenizer, " Cafe\u0301\u00a0\n au\tlait ", 64, True) == (tokenizer("caf\u00e9 au lait"), False)
     assert encode(tokenizer, "A", 64, False) != encode(tokenizer, "A", 64, True)
     assert encode(tokenizer, " \n\u3000", 64, True) == ([], False)
+
+
+@given(st.text(), st.integers(1, 20), st.sampled_from([0, 3, 400]))
+def test_a_filled_text_ends_in_pads_and_is_else_the_same(text, length, pad):
+    plain = open_tokenizer("bytes")
+    (wanted, was_cut), (ids, cut) = (encode(t, text, length, True) for t in (plain, filled(plain, pad, length)))
+    assert cut == was_cut and ids[: len(wanted)] == wanted
+    assert ids[len(wanted) :] == [pad] * (length - len(wanted) if wanted else 0)  # an empty text stays none at all
+
+
+def test_the_config_fills_texts(tmp_path):
+    path, ids = hugging_face(tmp_path / "tokenizer.json", padding=True)
+    config = base.text()
+    config.update(tokenizer=path, max_tokens=5)
+    plain = from_config(config)
+    config.pad = 7
+    tokenizer = from_config(config)
+    assert encode(tokenizer, "a red dog", 5, True)[0] == [ids["a"], ids["red"], ids["dog"], 60, 7]
+    assert encode(tokenizer, "the dog and the cat", 5, True) == (encode(plain, "the dog and the", 5, True)[0], True)
+    assert (tokenizer.vocab_size, tokenizer.end, filled(plain, 99, 5).vocab_size) == (61, 60, 100)
+    names = {t.fingerprint() for t in (plain, tokenizer, filled(plain, 8, 5), filled(plain, 7, 6))}
+    assert len(names) == 4 and pickle.loads(pickle.dumps(tokenizer))("a cat") == tokenizer("a cat")
 
 
 def test_a_string_that_is_no_unicode(tmp_path):

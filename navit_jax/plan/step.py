@@ -25,7 +25,7 @@ from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed, Pairs
 from input_pipeline.packing import Planner
 from input_pipeline.pairing import TextPlan
-from input_pipeline.text import open_tokenizer
+from input_pipeline.text import from_config
 from input_pipeline.text_index import Texts
 from navit_jax import objectives, optim, sharding, train_step
 
@@ -120,7 +120,7 @@ def _texts(config: ConfigDict) -> tuple:
         return ()
     count, longest = len(_sizes()), config.text.max_tokens
     tokens, starts = np.zeros(count * longest, np.uint8), longest * np.arange(count + 1)
-    return Texts(tokens, starts, np.arange(count, dtype=np.int32), 0), open_tokenizer(config.text.tokenizer)
+    return Texts(tokens, starts, np.arange(count, dtype=np.int32), 0), from_config(config.text)
 
 
 def _sizes() -> np.ndarray:
