@@ -82,6 +82,7 @@ def augment() -> ConfigDict:
 def model() -> ConfigDict:
     c = ConfigDict()
     c.variant = "B/16"  # Ti S B L So400m g, slash, patch size
+    c.like = ""  # weights (a path or hub name) whose architecture decides the fields below; "": these fields do
     c.width, c.depth, c.heads, c.mlp_dim, c.patch_size = 0, 0, 0, 0, 0  # 0: the variant's
     c.head_size = 0  # 0: width / heads
     c.stored_patch_size = 0  # FlexiViT: the kernel is kept at this size and resampled to the variant's; 0: the same
@@ -156,6 +157,7 @@ def optim() -> ConfigDict:
     c.lr_multipliers = ()  # rules; no match: 1
     c.freeze = ()  # regular expressions of parameters that do not train
     c.clip_norm = 1.0  # of the global gradient; 0: off
+    c.layer_decay = 1.0  # below 1: each layer learns by this factor slower than the one behind it (0.75); fine-tuning
     c.ema_decay = 0.0  # 0: no average is kept; evaluation uses it where there is one
     c.accumulate_steps = 1  # the step's rows in this many parts, weighted by their real images; each communicates
     return c

@@ -53,6 +53,7 @@ def _rules(c: ConfigDict) -> list[Rule]:
         ("optim.accumulate_steps", parts >= 1 and c.packing.rows_per_step % max(1, parts) == 0,
          f"a divisor of packing.rows_per_step={c.packing.rows_per_step}"),
         ("optim.ema_decay", 0 <= c.optim.ema_decay < 1, "a share from 0 to below 1"),
+        ("optim.layer_decay", 0 < c.optim.layer_decay <= 1, "a factor above 0, to 1"),
         ("eval.token_budgets", len(budgets) > 0 and all(b >= 1 for b in budgets), "one or more numbers of tokens"),
         ("eval.fewshot_shots", all(s >= 1 for s in c.eval.fewshot_shots), "numbers of images, 1 or more each"),
         ("log_every_steps", c.log_every_steps >= 1, "1 or more"),

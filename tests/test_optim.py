@@ -11,6 +11,7 @@ import pytest
 from configs import base
 from input_pipeline.errors import UserError
 from navit_jax.optim import ema_update, make_optimizer, make_schedule, name_of, rule_values
+from navit_jax.rules import layer_scales
 
 DEPTH, TOTAL = 3, 40
 SHAPES = {
@@ -246,3 +247,26 @@ def test_mistakes_are_named(fields, words):
         make_optimizer(config(**fields), random_tree(0), TOTAL)
     for word in words:
         assert error.match(word)
+
+
+@pytest.mark.parametrize("prefix", ["", "image/"])
+def test_layer_decay_counts_from_the_head(prefix):
+    tree = random_tree(0)
+    if prefix:
+        tree = {"image": tree, "text": {"table": np.zeros((9, 5)), "blocks": {"up": np.zeros((1, 5))}}}
+    scales = {name: np.ravel(value).tolist() for name, value in layer_scales(0.5, tree).items()}
+    wanted = dict.fromkeys(("head/bias", "head/kernel"), [1.0]) | {"embed/kernel": [0.5**4]}
+    wanted |= dict.fromkeys(("blocks/mlp/up/kernel", "blocks/norm/scale"), [0.125, 0.25, 0.5])
+    wanted = {prefix + name: value for name, value in wanted.items()}
+    assert scales == (wanted | {"text/table": [0.25], "text/blocks/up": [0.5]} if prefix else wanted)
+
+
+def test_layer_decay_slows_the_update_and_multiplies_the_rules():
+    cfg = config(lr=0.03, weight_decay=((".*", 0.1),), lr_multipliers=(("^embed/", 3.0),), layer_decay=0.5)
+    ours, grads, _ = run(cfg)
+    scale = dict.fromkeys(PATHS, 1.0) | {"embed/kernel": 3 * 0.5**4}
+    scale["blocks/norm/scale"] = np.array([0.125, 0.25, 0.5])[:, None]
+    scale["blocks/mlp/up/kernel"] = scale["blocks/norm/scale"][..., None]
+    expected = numpy_adamw(cfg, grads, dict.fromkeys(PATHS, 0.1), scale)
+    for path in PATHS:
+        np.testing.assert_allclose(ours[path], expected[path], rtol=2e-5, atol=2e-5, err_msg=path)
