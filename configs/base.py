@@ -136,6 +136,8 @@ def contrastive() -> ConfigDict:
     c = ConfigDict()
     c.loss = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
     c.embed_dim = 512  # of the common space
+    c.project_image = True  # False: the image tower's pooled vector as it is, embed_dim its width (SigLIP)
+    c.project_bias = False  # of the projections
     c.init_scale = 10.0  # of the logits, 1 / temperature; learned
     c.max_scale = 100.0  # the learned scale stays below
     c.init_bias = -10.0  # sigmoid; learned
@@ -155,9 +157,9 @@ def optim() -> ConfigDict:
     c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8
     c.weight_decay = (("^head/", 3.0), (".*kernel$", 0.03))  # rules; multiplied by the learning rate; no match: 0
     c.lr_multipliers = ()  # rules; no match: 1
+    c.layer_decay = 1.0  # below 1: each layer learns by this factor slower than the one behind it (0.75); fine-tuning
     c.freeze = ()  # regular expressions of parameters that do not train
     c.clip_norm = 1.0  # of the global gradient; 0: off
-    c.layer_decay = 1.0  # below 1: each layer learns by this factor slower than the one behind it (0.75); fine-tuning
     c.ema_decay = 0.0  # 0: no average is kept; evaluation uses it where there is one
     c.accumulate_steps = 1  # the step's rows in this many parts, weighted by their real images; each communicates
     return c

@@ -57,6 +57,10 @@ class Capacity:
         """Query-key pairs of all slabs, what attention costs: sum of count * length^2."""
         return sum(count * length**2 for count, length in self.slabs)
 
+    def longer(self, tokens: int) -> "Capacity":
+        """The promise of the same groups where each image has so many tokens more."""
+        return Capacity(self.rows, tuple((count, length + tokens) for count, length in self.slabs))
+
     def holds(self, lengths: Iterable[int]) -> bool:
         """Whether a group may hold images of these token counts; zeros are empty slots."""
         lengths = sorted((int(n) for n in lengths if n), reverse=True)

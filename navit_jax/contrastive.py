@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from input_pipeline.text import table_size
-from navit_jax import navit, sharding, text_tower, transformer
+from navit_jax import layers, navit, sharding, text_tower
 
 SIZES = ("width", "depth", "heads", "mlp_dim")
 SHARED_FIELDS = (  # of configs.base.model, the same in both towers
-    *("qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype"),
+    *("qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype", "norm", "norm_eps", "mlp", "layer_scale"),
 )
 PLANNED = ("slabs", "cudnn")  # attention that needs rows planned within a capacity, which rows of texts are not
 
@@ -31,6 +31,7 @@ class TwoTowersConfig:
     """Everything that shapes the two towers; UserError for sizes that cannot work.
 
     image: without classes. init_scale, max_scale: of the logits, not of their logarithm. init_bias: None: no bias.
+    project_image: False: an image's vector is the pooled one, as in SigLIP. project_bias: of both projections.
     """
 
     image: navit.NaViTConfig
@@ -39,10 +40,17 @@ class TwoTowersConfig:
     init_scale: float
     max_scale: float
     init_bias: float | None = None
+    project_image: bool = True
+    project_bias: bool = False
 
     def __post_init__(self):
         if self.embed_dim < 1:
             raise UserError(f"contrastive.embed_dim is {self.embed_dim}; it must be at least 1")
+        if not self.project_image and self.embed_dim != self.image.width:
+            raise UserError(
+                f"contrastive.embed_dim is {self.embed_dim}, but without contrastive.project_image it is the image "
+                f"tower's width: set it to {self.image.width}"
+            )
         if not 0 < self.init_scale <= self.max_scale:
             raise UserError(
                 f"contrastive.init_scale is {self.init_scale}; it must be above 0, and at most contrastive.max_scale, "
@@ -66,6 +74,7 @@ def from_config(config: ConfigDict, *, vocab_size: int) -> TwoTowersConfig:
         vocab_size=table_size(text, vocab_size),
         max_tokens=text.max_tokens,
         pool=text.pool,
+        pad=text.pad,
     )
     return TwoTowersConfig(
         image=image,
@@ -74,6 +83,8 @@ def from_config(config: ConfigDict, *, vocab_size: int) -> TwoTowersConfig:
         init_scale=contrastive.init_scale,
         max_scale=contrastive.max_scale,
         init_bias=contrastive.init_bias if contrastive.loss == "sigmoid" else None,
+        project_image=contrastive.project_image,
+        project_bias=contrastive.project_bias,
     )
 
 
@@ -84,8 +95,8 @@ class TwoTowers(nnx.Module):
     def __init__(self, cfg: TwoTowersConfig, *, rngs: nnx.Rngs):
         self.image = navit.NaViT(cfg.image, rngs=rngs)
         self.text = text_tower.TextTower(cfg.text, rngs=rngs)
-        dense = partial(transformer.Dense, outs=(cfg.embed_dim,), bias=False, dtype=jnp.float32, rngs=rngs)
-        self.image_projection = dense((cfg.image.width,))
+        dense = partial(layers.Dense, outs=(cfg.embed_dim,), bias=cfg.project_bias, dtype=jnp.float32, rngs=rngs)
+        self.image_projection = dense((cfg.image.width,)) if cfg.project_image else None
         self.text_projection = dense((cfg.text.width,))
         self.logit_scale = nnx.Param(jnp.asarray(np.log(cfg.init_scale), jnp.float32))
         if cfg.init_bias is not None:
@@ -94,12 +105,11 @@ class TwoTowers(nnx.Module):
 
     def encode_images(self, images: Packed, key: jax.Array | None = None) -> jax.Array:
         """[B, K, E] float32 of length 1, an empty slot exactly 0; key: for dropout and stochastic depth."""
-        z_BKE = self.image_projection(self.image(images, key=key)[1]["pooled"])
-        return sharding.constrain(_unit(z_BKE), "BKE")
+        return sharding.constrain(_vectors(self.image(images, key=key)[1]["pooled"], self.image_projection), "BKE")
 
     def encode_texts(self, texts: Packed, key: jax.Array | None = None) -> jax.Array:
         """[B, M, E] float32 of length 1, an empty slot exactly 0; key: for dropout and stochastic depth."""
-        return sharding.constrain(_unit(self.text_projection(self.text(texts, key=key))), "BME")
+        return sharding.constrain(_vectors(self.text(texts, key=key), self.text_projection), "BME")
 
     def scale(self) -> jax.Array:
         """What products of vectors are multiplied by, float32 scalar."""
@@ -108,6 +118,14 @@ class TwoTowers(nnx.Module):
     def bias(self) -> jax.Array:
         """What is added to the logits, float32 scalar; 0 in a model without one."""
         return self.logit_bias[...] if self.biased else jnp.zeros((), jnp.float32)
+
+
+def _vectors(pooled: jax.Array, projection: layers.Dense | None) -> jax.Array:
+    """Projected, at length 1; what is 0, an empty slot, stays 0: a bias alone is no vector."""
+    if projection is None:
+        return _unit(pooled)
+    z = projection(pooled)
+    return _unit(z if projection.bias is None else jnp.where(pooled.any(-1, keepdims=True), z, 0))
 
 
 def _unit(z: jax.Array) -> jax.Array:
@@ -141,6 +159,7 @@ def flops_forward(cfg: TwoTowersConfig, image_lengths: np.ndarray, text_lengths:
 
     The products of images with texts are left out: at 32 k pairs they are 0.1 % of a B/16 on 256 tokens an image.
     """
-    projected = 2 * cfg.embed_dim * (cfg.image.width * len(image_lengths) + cfg.text.width * len(text_lengths))
+    images = len(image_lengths) if cfg.project_image else 0
+    projected = 2 * cfg.embed_dim * (cfg.image.width * images + cfg.text.width * len(text_lengths))
     towers = navit.flops_forward(cfg.image, image_lengths) + text_tower.flops_forward(cfg.text, text_lengths)
     return float(towers + projected)

@@ -11,12 +11,29 @@ from flax import nnx
 
 
 class PatchEmbed(nnx.Module):
-    """x = normalised patch @ kernel (+ bias), in `dtype`; kernel [stored * stored * channels, D] float32."""
+    """x = normalised patch @ kernel (+ bias), in `dtype`; kernel [stored * stored * channels, D] float32.
+
+    mean, std: of pixels in [0, 1], one for all channels or one a channel. norm_in, norm_out: of the flat patch before
+    the product, and of what comes out of it; None: without.
+    """
 
     def __init__(
-        self, patch: int, channels: int, width: int, *, stored: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        patch: int,
+        channels: int,
+        width: int,
+        *,
+        stored: int,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        norm_in: nnx.Module | None = None,
+        norm_out: nnx.Module | None = None,
     ):
         self.patch, self.stored, self.channels, self.dtype = patch, stored or patch, channels, dtype
+        self.mean, self.std, self.norm_in, self.norm_out = mean, std, norm_in, norm_out
         values = self.stored**2 * channels
         self.kernel = nnx.Param(jax.nn.initializers.lecun_normal()(rngs.params(), (values, width), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width)) if bias else None
@@ -27,17 +44,25 @@ class PatchEmbed(nnx.Module):
         if values_BLP.shape[-1] != expected:
             raise ValueError(f"patches hold {values_BLP.shape[-1]} values; this model takes {expected}")
         kernel_PD = resample_kernel(self.kernel[...], self.stored, self.patch, self.channels)
-        x_BLD = normalise(values_BLP).astype(self.dtype) @ kernel_PD.astype(self.dtype)
-        return x_BLD if self.bias is None else x_BLD + self.bias.astype(self.dtype)
+        x_BLP = normalise(values_BLP, self.mean, self.std)
+        x_BLP = (x_BLP if self.norm_in is None else self.norm_in(x_BLP)).astype(self.dtype)
+        x_BLD = x_BLP @ kernel_PD.astype(self.dtype)
+        x_BLD = x_BLD if self.bias is None else x_BLD + self.bias.astype(self.dtype)
+        return x_BLD if self.norm_out is None else self.norm_out(x_BLD)
 
 
-def normalise(values: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1], float32: uint8 / 255 * 2 - 1, uint16 / 65535 * 2 - 1; floats are taken as normalised."""
+def normalise(values: jax.Array, mean: tuple[float, ...] = (0.5,), std: tuple[float, ...] = (0.5,)) -> jax.Array:
+    """(pixel - mean) / std of pixels in [0, 1], float32, as [-1, 1] by default; floats are taken as normalised.
+
+    values: [..., n * channels] uint8 or uint16, the channel last. mean, std: one number, or one a channel.
+    """
     if jnp.issubdtype(values.dtype, jnp.floating):
         return values.astype(jnp.float32)
     if values.dtype not in (jnp.uint8, jnp.uint16):
-        raise TypeError(f"pixels are {values.dtype}; expected uint8, uint16 or floats in [-1, 1]")
-    return values.astype(jnp.float32) * (2 / jnp.iinfo(values.dtype).max) - 1
+        raise TypeError(f"pixels are {values.dtype}; expected uint8, uint16 or normalised floats")
+    mean, std = (np.tile(x, values.shape[-1] // len(x)) if len(x) > 1 else x[0] for x in (mean, std))
+    scale = np.float32(1 / (np.float64(std) * jnp.iinfo(values.dtype).max))
+    return values.astype(jnp.float32) * scale - np.float32(np.float64(mean) / std)
 
 
 def resample_kernel(kernel_PD: jax.Array, stored: int, patch: int, channels: int) -> jax.Array:

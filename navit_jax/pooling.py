@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from navit_jax.transformer import Dense, EncoderConfig, LayerNorm, Mlp
+from navit_jax.layers import Dense, Mlp
+from navit_jax.transformer import EncoderConfig
 
-KINDS = ("map", "mean")
-TEXT_KINDS = ("last", *KINDS)  # a tokenizer ends a text with a token of its own; an image has no such patch
+KINDS = ("map", "mean", "first", "query")  # first: the first register, a class token
+TEXT_KINDS = ("last", "map", "mean")  # a tokenizer ends a text with a token of its own; an image has no such patch
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -26,10 +27,12 @@ def membership(segment_ids_BL: jax.Array, slots: int) -> jax.Array:
 
 def flops_pool(cfg: EncoderConfig, kind: str, lengths: np.ndarray) -> float:
     """Useful matrix FLOPs (a multiply-add is 2) of pooling groups of these many tokens."""
-    width, tokens = cfg.width, lengths.sum()
+    width, inner, tokens = cfg.width, cfg.heads * cfg.head_dim, lengths.sum()
     if kind == "map":
-        each = 2 * (width**2 + 2 * width * cfg.mlp_dim)
-        return float(tokens * 2 * (width * cfg.heads + width**2 + width) + lengths.size * each)
+        each = 2 * (width * inner + 2 * width * cfg.mlp_dim)
+        return float(tokens * 2 * (width * cfg.heads + width * inner + inner) + lengths.size * each)
+    if kind == "query":
+        return float(tokens * 2 * (2 * width * inner + 2 * inner) + lengths.size * 2 * width * inner)
     return float(tokens * 2 * width) if kind == "mean" else 0.0
 
 
@@ -55,15 +58,16 @@ class MapPool(nnx.Module):
     """
 
     def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
-        heads = (cfg.heads, cfg.width // cfg.heads)
+        heads = (cfg.heads, cfg.head_dim)
         dense = partial(Dense, dtype=jnp.float32, rngs=rngs)
         self.probe = nnx.Param(jax.nn.initializers.xavier_uniform()(rngs.params(), (1, cfg.width), jnp.float32))
         self.q = dense((cfg.width,), heads, bias=cfg.bias)
         self.k = dense((cfg.width,), heads, bias=False)
         self.v = Dense((cfg.width,), heads, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
         self.out = dense(heads, (cfg.width,), bias=cfg.bias)
-        self.norm = LayerNorm(cfg.width, bias=cfg.bias)
-        self.mlp = Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=jnp.float32, rngs=rngs)
+        self.norm = cfg.make_norm(cfg.width)
+        kind = "gelu_tanh" if cfg.mlp == "swiglu" else cfg.mlp
+        self.mlp = Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=jnp.float32, rngs=rngs, kind=kind)
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
         """[B, K, D] float32 for ids 1..slots; an empty slot is exactly 0, with zero gradients."""
@@ -74,6 +78,32 @@ class MapPool(nnx.Module):
         pooled_BKNH = _weighted_mean(logits_BLN, self.v(x_BLD), segment_ids_BL, member_BKL)
         y_BKD = self.out(pooled_BKNH)
         y_BKD = y_BKD + self.mlp(self.norm(y_BKD))
+        return jnp.where(member_BKL.any(-1)[..., None], y_BKD, 0)
+
+
+class QueryPool(nnx.Module):
+    """One learned query attends to an image's tokens with normalised queries and keys, and is added to what it finds.
+
+    The tokens themselves are not normalised again. Source: the attention pooling of NaViT in vit-pytorch and MONAI.
+    """
+
+    def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
+        heads = (cfg.heads, cfg.head_dim)
+        dense = partial(Dense, bias=cfg.bias, dtype=jnp.float32, rngs=rngs)
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (cfg.width,), jnp.float32))
+        self.norm = cfg.make_norm(cfg.width)
+        self.q, self.k, self.v = (dense((cfg.width,), heads) for _ in range(3))
+        self.q_norm, self.k_norm = cfg.make_qk_norm(), cfg.make_qk_norm()
+        self.out = dense(heads, (cfg.width,))
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, slots: int) -> jax.Array:
+        """[B, K, D] float32 for ids 1..slots; an empty slot is exactly 0, with zero gradients."""
+        q_NH, k_BLNH = self.q(self.norm(self.query[...])), self.k(x_BLD)
+        if self.q_norm is not None:
+            q_NH, k_BLNH = self.q_norm(q_NH), self.k_norm(k_BLNH)
+        logits_BLN = jnp.einsum("BLNH,NH->BLN", k_BLNH, q_NH * q_NH.shape[-1] ** -0.5)
+        member_BKL = membership(segment_ids_BL, slots)
+        y_BKD = self.out(_weighted_mean(logits_BLN, self.v(x_BLD), segment_ids_BL, member_BKL)) + self.query[...]
         return jnp.where(member_BKL.any(-1)[..., None], y_BKD, 0)
 
 

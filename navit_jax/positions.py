@@ -15,8 +15,14 @@ from flax import nnx
 from input_pipeline.errors import UserError
 
 KINDS = ("learned", "sinusoidal", "fourier", "rope", "table", "none")
-TABLE_SIDE = 16  # of NaFlex's learned grid
-WAVELENGTH = 10_000.0  # base of the sinusoidal and rotary frequencies
+COORDS = {  # in what coordinates a patch's place is given, and to which kinds
+    "absolute": KINDS,  # patches from the top left
+    "fractional": KINDS,  # shares of the image's sides
+    "resized": ("learned",),  # the tables are resized to the image's sides, as one resizes an image
+    "centred": ("rope",),  # a patch's centre, from -1 to 1
+}
+RESIZES = ("bilinear", "bicubic", "bicubic_antialias")
+WAVELENGTH = 10_000.0  # base of the sinusoidal frequencies, and by default of the rotary ones
 EXACT = jax.lax.Precision.HIGHEST  # a table entry must not be rounded on its way to a token
 
 
@@ -29,11 +35,23 @@ class PositionConfig:
     posemb_combine: str = "sum"
     posemb_max: int = 64
     posemb_beyond: str = "error"
+    posemb_grid: tuple[int, int] = (16, 16)
+    posemb_resize: str = "bilinear"
+    posemb_square: bool = False
+    rope_base: float = WAVELENGTH
+    rope_axes: str = "same"
 
     def check_positions(self, width: int, head_dim: int) -> None:
         """Raises UserError for an unknown choice, or one that this width and head size cannot take."""
         _one_of("posemb", self.posemb, KINDS)
-        _one_of("posemb_coords", self.posemb_coords, ("absolute", "fractional"))
+        _one_of("posemb_coords", self.posemb_coords, tuple(COORDS))
+        _one_of("posemb_resize", self.posemb_resize, RESIZES)
+        _one_of("rope_axes", self.rope_axes, ("same", "alternate"))
+        if self.posemb not in COORDS[self.posemb_coords]:
+            raise UserError(
+                f"model.posemb_coords is {self.posemb_coords!r}, which only posemb "
+                f"{' or '.join(map(repr, COORDS[self.posemb_coords]))} can take, not {self.posemb!r}"
+            )
         _one_of("posemb_combine", self.posemb_combine, ("sum", "product", "concat"))
         _one_of("posemb_beyond", self.posemb_beyond, ("error", "interpolate"))
         if self.posemb_combine != "sum" and self.posemb not in ("learned", "sinusoidal"):
@@ -41,6 +59,8 @@ class PositionConfig:
                 f"model.posemb_combine is {self.posemb_combine!r}, but only learned and sinusoidal embeddings have a "
                 f"part for y and one for x to combine; {self.posemb!r} has not: set posemb_combine to 'sum'"
             )
+        if len(self.posemb_grid) != 2 or min(self.posemb_grid) < 1:
+            raise UserError(f"model.posemb_grid is {self.posemb_grid}; expected rows and columns, as (16, 16)")
         if self.posemb_max < 2:
             raise UserError(f"model.posemb_max is {self.posemb_max}; a table needs 2 rows or more")
         parts = 2 if self.posemb_combine == "concat" else 1
@@ -59,7 +79,8 @@ def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
 class PositionEmbedding(nnx.Module):
     """What is added to the patches: every kind except 'rope' and 'none'.
 
-    Parameters: y, x [M, D] (learned; [M, D/2] when concatenated), frequencies [2, D/2] (fourier), table [16, 16, D].
+    Parameters: y, x [M, D] (learned; [M, D/2] when concatenated), frequencies [2, D/2] (fourier), table
+    [*posemb_grid, D].
     Sources: NaViT (2307.06304) section 2.1; fourier: Li et al. 2021 (2106.02795); table: SigLIP 2 (2502.14786).
     """
 
@@ -74,24 +95,34 @@ class PositionEmbedding(nnx.Module):
             std = 1.0 if cfg.posemb_coords == "absolute" else 2 * np.pi  # radians a patch, or a side
             self.frequencies = nnx.Param(_normal(rngs, (2, width // 2), std))
         if cfg.posemb == "table":
-            self.table = nnx.Param(_normal(rngs, (TABLE_SIDE, TABLE_SIDE, width), 0.02))
+            self.table = nnx.Param(_normal(rngs, (*cfg.posemb_grid, width), 0.02))
 
     def __call__(self, coords_BL3: jax.Array, sides_BL2: jax.Array) -> jax.Array:
         """[B, L, D] float32 from coordinates (t, y, x) and each token's (rows, columns); finite for any padding."""
         yx_BL2 = coords_BL3[..., 1:]
+        if self.cfg.posemb_square:
+            sides_BL2 = jnp.broadcast_to(sides_BL2.max(-1, keepdims=True), sides_BL2.shape)
         if self.cfg.posemb == "table":
-            y, x = (triangle_weights(yx_BL2[..., i], sides_BL2[..., i], TABLE_SIDE) for i in range(2))
+            y, x = self._resized(yx_BL2, sides_BL2, self.cfg.posemb_grid)
             outer = (y[..., :, None] * x[..., None, :]).reshape(*y.shape[:2], -1)
             return jnp.matmul(outer, self.table[...].reshape(-1, self.width), precision=EXACT)
         if self.cfg.posemb == "fourier":
             at = yx_BL2 / sides_BL2 if self.cfg.posemb_coords == "fractional" else yx_BL2.astype(jnp.float32)
             angles = at[..., :1] * self.frequencies[0] + at[..., 1:] * self.frequencies[1]
             return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        at_BL2 = table_position(self.cfg, yx_BL2, sides_BL2)
-        y, x = (_read(table, at_BL2[..., i]) for i, table in enumerate(self._tables()))
+        if self.cfg.posemb_coords == "resized":
+            weights = self._resized(yx_BL2, sides_BL2, (self.cfg.posemb_max,) * 2)
+        else:
+            at_BL2 = table_position(self.cfg, yx_BL2, sides_BL2)
+            weights = (_between(at_BL2[..., i], self.cfg.posemb_max) for i in range(2))
+        y, x = (jnp.matmul(w, table, precision=EXACT) for w, table in zip(weights, self._tables(), strict=True))
         if self.cfg.posemb_combine == "concat":
             return jnp.concatenate([y, x], axis=-1)
         return y * x if self.cfg.posemb_combine == "product" else y + x
+
+    def _resized(self, yx_BL2: jax.Array, sides_BL2: jax.Array, rows: tuple[int, int]) -> list[jax.Array]:
+        """Weights of the rows of both axes, [B, L, rows] each."""
+        return [resize_weights(yx_BL2[..., i], sides_BL2[..., i], rows[i], self.cfg.posemb_resize) for i in range(2)]
 
     def _tables(self) -> tuple[jax.Array, jax.Array]:
         if self.cfg.posemb == "learned":
@@ -123,11 +154,9 @@ def table_position(cfg: PositionConfig, yx_BL2: jax.Array, sides_BL2: jax.Array)
     return yx_BL2.astype(jnp.float32)
 
 
-def _read(table_MD: jax.Array, at_BL: jax.Array) -> jax.Array:
-    """Rows of the table, mixed linearly between integers; 0 outside, where only padding may point."""
-    rows_M = jnp.arange(table_MD.shape[0])
-    weights_BLM = jnp.maximum(0, 1 - jnp.abs(at_BL[..., None] - rows_M))
-    return jnp.matmul(weights_BLM, table_MD, precision=EXACT)
+def _between(at_BL: jax.Array, rows: int) -> jax.Array:
+    """[B, L, rows]: weights of a table's rows, linear between integers; 0 outside, where only padding may point."""
+    return jnp.maximum(0, 1 - jnp.abs(at_BL[..., None] - jnp.arange(rows)))
 
 
 def sinusoidal_table(rows: int, width: int) -> np.ndarray:
@@ -136,30 +165,53 @@ def sinusoidal_table(rows: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def triangle_weights(at_BL: jax.Array, side_BL: jax.Array, rows: int) -> jax.Array:
-    """[B, L, rows]: how an antialiased bilinear resize from `rows` to `side` samples makes the sample at `at`.
+def resize_weights(at_BL: jax.Array, side_BL: jax.Array, rows: int, kind: str = "bilinear") -> jax.Array:
+    """[B, L, rows]: how a resize from `rows` to `side` samples makes the sample at `at`; sides differ from token to token.
 
-    Equal to `jax.image.resize(..., 'bilinear', antialias=True)`, for sides that differ from token to token; sums to 1.
+    'bilinear' is antialiased, equal to `jax.image.resize(..., 'bilinear', antialias=True)`; 'bicubic' and
+    'bicubic_antialias' are those of PyTorch's `interpolate` (a = -0.75, edges repeated; a = -0.5, edges left out).
+    Weights sum to 1; far outside of the image, where only padding may point, they are finite.
     """
     step_BL1 = (rows / side_BL)[..., None]
-    distance = jnp.abs((at_BL[..., None] + 0.5) * step_BL1 - 0.5 - jnp.arange(rows))
-    weights = jnp.maximum(0, 1 - distance / jnp.maximum(step_BL1, 1))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)  # outside the image, in padding: all are 0
+    source_BL1 = (at_BL[..., None] + 0.5) * step_BL1 - 0.5
+    if kind == "bicubic":
+        weights = _cubic(jnp.abs(source_BL1 - jnp.arange(-2, rows + 2)), -0.75)
+        ends = weights[..., :3].sum(-1, keepdims=True), weights[..., -3:].sum(-1, keepdims=True)
+        if rows == 1:
+            return weights.sum(-1, keepdims=True)
+        return jnp.concatenate([ends[0], weights[..., 3:-3], ends[1]], axis=-1)
+    distance = jnp.abs(source_BL1 - jnp.arange(rows)) / jnp.maximum(step_BL1, 1)
+    weights = jnp.maximum(0, 1 - distance) if kind == "bilinear" else _cubic(distance, -0.5)
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(jnp.abs(total) > 1e-6, total, 1)  # outside the image, in padding, all may be 0
+
+
+def _cubic(distance: jax.Array, a: float) -> jax.Array:
+    """Keys' kernel, 0 from 2 on."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return jnp.where(distance <= 1, near, jnp.where(distance < 2, far, 0))
 
 
 def rope(
     cfg: PositionConfig, coords_BL3: jax.Array, sides_BL2: jax.Array, head_dim: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sine and cosine for `rotate`, each [B, L, 1, 2, H/4] float32, with frequencies 10000^(-4i / H) radians a patch.
+    """Sine and cosine for `rotate`, each [B, L, 1, 2, H/4] float32, with frequencies base^(-4i / H) radians a patch.
 
     Absolute: the angle is c * w. Fractional: an image counts as posemb_max patches a side, (posemb_max * c / side) * w.
-    Source: Su et al. 2021 (2104.09864), for two axes as in Heo et al. 2024 (2403.13298).
+    Centred: 2 pi w times the centre of the patch, from -1 to 1. Axes 'alternate' share base^(-2j / H), y takes even j.
+    Source: Su et al. 2021 (2104.09864), for two axes as in Heo et al. 2024 (2403.13298); centred: DINOv3 (2508.10104).
     """
     at_BL2 = coords_BL3[..., 1:].astype(jnp.float32)
     if cfg.posemb_coords == "fractional":
         at_BL2 = at_BL2 * (cfg.posemb_max / sides_BL2)
-    frequencies = (WAVELENGTH ** (-4 * np.arange(head_dim // 4) / head_dim)).astype(np.float32)
-    angles = at_BL2[:, :, None, :, None] * frequencies
+    if cfg.posemb_coords == "centred":
+        at_BL2 = 2 * np.pi * (2 * (at_BL2 + 0.5) / sides_BL2 - 1)
+    exponents_2F = np.arange(head_dim // 4) * np.ones((2, 1)) * 4
+    if cfg.rope_axes == "alternate":
+        exponents_2F = exponents_2F + [[0], [2]]
+    frequencies_2F = (cfg.rope_base ** (-exponents_2F / head_dim)).astype(np.float32)
+    angles = at_BL2[:, :, None, :, None] * frequencies_2F
     return jnp.sin(angles), jnp.cos(angles)
 
 

@@ -15,28 +15,32 @@ from flax import nnx
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
-from navit_jax import pooling, sharding, transformer
+from navit_jax import layers, pooling, sharding, transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(transformer.EncoderConfig):
     """Everything that shapes a text tower, as in `configs.base.text`; UserError where it cannot work.
 
-    vocab_size: rows of the token table. max_tokens: rows of the position table, the longest text.
+    vocab_size: rows of the token table. max_tokens: rows of the position table, the longest text. pad: what the
+    tokenizer fills each text with up to max_tokens (`input_pipeline.text.filled`), which the tower reads; -1: nothing.
     """
 
     vocab_size: int
     max_tokens: int = 64
     pool: str = "last"
+    pad: int = -1
 
     def __post_init__(self):
         for field in ("width", "depth", "heads", "mlp_dim", "vocab_size", "max_tokens"):
             if getattr(self, field) < 1:
                 raise UserError(f"text.{field} is {getattr(self, field)}; it must be at least 1")
-        if self.width % self.heads:
+        if not self.head_size and self.width % self.heads:
             raise UserError(
                 f"text.width {self.width} does not divide into {self.heads} heads: change text.width or text.heads"
             )
+        if self.pad >= self.vocab_size:
+            raise UserError(f"text.pad is {self.pad}; the token table has rows 0 to {self.vocab_size - 1}")
         if self.pool not in pooling.TEXT_KINDS:
             raise UserError(f"text.pool is {self.pool!r}; it must be one of {', '.join(pooling.TEXT_KINDS)}")
         super().__post_init__()
@@ -51,7 +55,7 @@ class TextTower(nnx.Module):
         self.table = nnx.Param(normal(rngs.params(), (cfg.vocab_size, cfg.width), jnp.float32))
         self.positions = nnx.Param(normal(rngs.params(), (cfg.max_tokens, cfg.width), jnp.float32))
         self.blocks = transformer.stack_blocks(cfg, rngs=rngs)
-        self.norm = transformer.LayerNorm(cfg.width, bias=cfg.bias)
+        self.norm = cfg.make_norm(cfg.width)
         if cfg.pool == "map":
             self.pool = pooling.MapPool(cfg, rngs=rngs)
 
@@ -69,7 +73,7 @@ class TextTower(nnx.Module):
         place_BTS = jax.nn.one_hot(texts.coords[..., 2], cfg.max_tokens)
         rows_BTD = rows_BTD + jnp.matmul(place_BTS, self.positions[...], precision=pooling.EXACT)
         x_BTD = sharding.constrain(rows_BTD.astype(cfg.compute_dtype), "BTD")
-        x_BTD = transformer.dropout(x_BTD, cfg.dropout, embed_key)
+        x_BTD = layers.dropout(x_BTD, cfg.dropout, embed_key)
         groups = transformer.make_groups(cfg, texts.segment_ids, texts.capacity, contiguous=True)
         x_BTD = self.norm(transformer.encode(cfg, self.blocks, x_BTD, groups, slots=slots, key=blocks_key))
         pools = {"last": pooling.last_pool, "mean": pooling.mean_pool}

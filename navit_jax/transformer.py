@@ -17,13 +17,14 @@ from jax.ad_checkpoint import checkpoint_name as keep
 
 from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
-from navit_jax import attention, positions, sharding
+from navit_jax import attention, layers, positions, sharding
 from navit_jax.attention import Groups
 
 REMAT = {  # what the backward pass is given, from the most memory to the least
     "none": None,  # all that it asks for
     "light": jax.checkpoint_policies.save_from_both_policies(  # no product with weights is computed twice
-        jax.checkpoint_policies.save_only_these_names("q", "k", "v", *attention.KEPT, "middle", "up"), attention.kept
+        jax.checkpoint_policies.save_only_these_names("q", "k", "v", *attention.KEPT, "middle", "up", "gate"),
+        attention.kept,
     ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the products with weights
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -39,7 +40,13 @@ class EncoderConfig:
     depth: int
     heads: int
     mlp_dim: int
+    head_size: int = 0
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    mlp: str = "gelu_tanh"
     qk_norm: bool = True
+    qk_rms: bool = False
+    layer_scale: float = 0.0
     bias: bool = False
     dropout: float = 0.0
     stochastic_depth: float = 0.0
@@ -51,19 +58,31 @@ class EncoderConfig:
         for field in ("width", "depth", "heads", "mlp_dim"):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
-        if self.width % self.heads:
+        if not self.head_size and self.width % self.heads:
             raise UserError(f"model.width {self.width} does not divide into {self.heads} heads: change width or heads")
         for field in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"model.{field} is {getattr(self, field)}; it must be in [0, 1)")
-        for field, known in (("remat", REMAT), ("dtype", DTYPES)):
+        for field, known in (("remat", REMAT), ("dtype", DTYPES), ("norm", layers.NORMS), ("mlp", layers.MLPS)):
             if getattr(self, field) not in known:
                 raise UserError(f"model.{field} is {getattr(self, field)!r}; it must be one of {', '.join(known)}")
         attention.check(self.attention)
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
+
+    def make_norm(self, width: int) -> layers.Norm:
+        """A norm over `width` numbers, of this encoder's kind."""
+        return layers.Norm(width, kind=self.norm, eps=self.norm_eps, bias=self.bias)
+
+    def make_qk_norm(self) -> layers.Norm | None:
+        """The norm of queries or keys over a head's numbers; None without."""
+        if not self.qk_norm:
+            return None
+        if self.qk_rms:  # the eps of a vector divided by its length
+            return layers.Norm(self.heads, self.head_dim, kind="rms", eps=1e-12, bias=False)
+        return self.make_norm(self.head_dim)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -72,87 +91,15 @@ class EncoderConfig:
         return jnp.dtype(name)
 
 
-class Dense(nnx.Module):
-    """A linear map over the last axes, [..., *ins] -> [..., *outs], in `dtype`; kernel [*ins, *outs] float32."""
-
-    def __init__(
-        self,
-        ins: tuple[int, ...],
-        outs: tuple[int, ...],
-        *,
-        bias: bool,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-        init: Callable = jax.nn.initializers.xavier_uniform(),  # noqa: B008
-    ):
-        self.ins, self.outs, self.dtype = ins, outs, dtype
-        flat = init(rngs.params(), (int(np.prod(ins)), int(np.prod(outs))), jnp.float32)
-        self.kernel = nnx.Param(flat.reshape(*ins, *outs))
-        self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        lead = x.shape[: x.ndim - len(self.ins)]
-        kernel = self.kernel.astype(self.dtype).reshape(int(np.prod(self.ins)), -1)
-        y = (x.astype(self.dtype).reshape(-1, kernel.shape[0]) @ kernel).reshape(*lead, *self.outs)
-        return y if self.bias is None else y + self.bias.astype(self.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis in float32, eps 1e-6; returns the input's dtype."""
-
-    def __init__(self, width: int, *, bias: bool):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = _scaled_norm(x, self.scale[...])
-        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
-
-
-def _scaled_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    centred = x.astype(jnp.float32)
-    centred = centred - centred.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-    return (centred * inverse * scale).astype(x.dtype)
-
-
-class Mlp(nnx.Module):
-    """up, tanh GELU, down."""
-
-    def __init__(self, width: int, mlp_dim: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.up = Dense((width,), (mlp_dim,), bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Dense((mlp_dim,), (width,), bias=bias, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(_gelu(keep(self.up(x), "up")))
-
-
-@jax.custom_vjp
-def _gelu(x: jax.Array) -> jax.Array:
-    """With tanh. JAX's own gradient of it passes over the [B, L, F] array three times on a CPU, this one once."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
-    scale = np.sqrt(2 / np.pi).astype(np.float32)
-    wide = x.astype(jnp.float32)
-    tanh = jnp.tanh(scale * (wide + 0.044715 * wide**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * scale * (1 + 3 * 0.044715 * wide * wide)
-    return ((d * slope).astype(x.dtype),)
-
-
-_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
-
-
 class Attention(nnx.Module):
     """Self-attention within groups; queries and keys are normalised as in ViT-22B (2302.05442), then turned by rope."""
 
     def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
-        heads = (cfg.heads, cfg.width // cfg.heads)
-        dense = partial(Dense, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
+        heads = (cfg.heads, cfg.head_dim)
+        dense = partial(layers.Dense, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
         self.q, self.k, self.v = (dense((cfg.width,), heads) for _ in range(3))
         self.out = dense(heads, (cfg.width,))
-        self.q_norm, self.k_norm = (LayerNorm(heads[1], bias=cfg.bias) if cfg.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = cfg.make_qk_norm(), cfg.make_qk_norm()
 
     def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         q_BLNH, k_BLNH, v_BLNH = (keep(f(x_BLD), name) for name, f in (("q", self.q), ("k", self.k), ("v", self.v)))
@@ -164,17 +111,26 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x))."""
+    """x + attn(norm(x)), then x + mlp(norm(x)); with layer scale (2103.17239) each branch times a learned vector."""
 
     def __init__(self, cfg: EncoderConfig, *, rngs: nnx.Rngs):
-        self.attn_norm, self.mlp_norm = (LayerNorm(cfg.width, bias=cfg.bias) for _ in range(2))
+        self.attn_norm, self.mlp_norm = cfg.make_norm(cfg.width), cfg.make_norm(cfg.width)
         self.attn = Attention(cfg, rngs=rngs)
-        self.mlp = Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs)
+        self.mlp = layers.Mlp(cfg.width, cfg.mlp_dim, bias=cfg.bias, dtype=cfg.compute_dtype, rngs=rngs, kind=cfg.mlp)
+        if cfg.layer_scale:
+            self.attn_scale, self.mlp_scale = (nnx.Param(jnp.full(cfg.width, cfg.layer_scale)) for _ in range(2))
+        else:
+            self.attn_scale = self.mlp_scale = None
 
     def __call__(self, x_BLD: jax.Array, groups: Groups, rope: tuple | None, branch: Callable) -> jax.Array:
         """branch(y_BLD, i) is what reaches the residual of branch i: y, or y after dropout and stochastic depth."""
-        x_BLD = keep(x_BLD + branch(self.attn(self.attn_norm(x_BLD), groups, rope), 0), "middle")
-        return x_BLD + branch(self.mlp(self.mlp_norm(x_BLD)), 1)
+        y_BLD = _scaled(self.attn(self.attn_norm(x_BLD), groups, rope), self.attn_scale)
+        x_BLD = keep(x_BLD + branch(y_BLD, 0), "middle")
+        return x_BLD + branch(_scaled(self.mlp(self.mlp_norm(x_BLD)), self.mlp_scale), 1)
+
+
+def _scaled(y_BLD: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    return y_BLD if scale is None else y_BLD * scale.astype(y_BLD.dtype)
 
 
 def make_groups(cfg: EncoderConfig, ids_BL: jax.Array, capacity: Capacity | None, *, contiguous: bool) -> Groups:
@@ -227,7 +183,7 @@ def encode(
             if key is None:
                 return y_BLD
             drop_key, depth_key = jax.random.split(jax.random.fold_in(key, i))
-            y_BLD = dropout(y_BLD, cfg.dropout, drop_key)
+            y_BLD = layers.dropout(y_BLD, cfg.dropout, drop_key)
             return drop_images(y_BLD, groups.ids_BL, slots, rate, depth_key) if cfg.stochastic_depth else y_BLD
 
         x_BLD = sharding.constrain(x_BLD, "BLD")
@@ -240,15 +196,9 @@ def encode(
 
 def flops_encode(cfg: EncoderConfig, lengths: np.ndarray) -> float:
     """Useful matrix FLOPs (a multiply-add is 2) of the blocks over groups of these many tokens."""
-    linear = 2 * (4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_dim)
-    return float(cfg.depth * (lengths.sum() * linear + 4 * cfg.width * np.square(lengths).sum()))
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each value with probability `rate` and scales the others by 1 / (1 - rate); key None: returns x."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    inner = cfg.heads * cfg.head_dim
+    linear = 2 * cfg.width * (4 * inner + (3 if cfg.mlp == "swiglu" else 2) * cfg.mlp_dim)
+    return float(cfg.depth * (lengths.sum() * linear + 4 * inner * np.square(lengths).sum()))
 
 
 def drop_images(y_BLD: jax.Array, ids_BL: jax.Array, slots: int, rate: jax.Array, key: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from helpers import random_params
 
-from navit_jax import transformer
+from navit_jax import layers, transformer
 from navit_jax.attention import make_groups
 
 L, K, D, N, H = 24, 4, 16, 2, 8
@@ -59,7 +59,7 @@ def test_layer_norm_gradients_against_automatic_ones():
         return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale
 
     x, d, scale = (jnp.asarray(a) for a in np.random.default_rng(0).standard_normal((3, 4, 5, 7)).astype(np.float32))
-    out, pull = jax.vjp(transformer._scaled_norm, 3 + 2 * x, scale[0, 0])
+    out, pull = jax.vjp(layers.scaled_norm, 3 + 2 * x, scale[0, 0])
     expected, pull_plain = jax.vjp(plain, 3 + 2 * x, scale[0, 0])
     for a, b in zip((out, *pull(d)), (expected, *pull_plain(d))):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -78,5 +78,5 @@ def test_stochastic_depth_takes_whole_images_at_its_rate():
 
 
 def test_dropout_keeps_the_mean():
-    out = np.asarray(transformer.dropout(jnp.ones(20_000), 0.3, jax.random.key(0)))
+    out = np.asarray(layers.dropout(jnp.ones(20_000), 0.3, jax.random.key(0)))
     assert (out == 0).mean() == pytest.approx(0.3, abs=0.02) and out.mean() == pytest.approx(1, abs=0.03)
