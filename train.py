@@ -31,6 +31,7 @@ from navit_jax import (
     cli,
     console,
     distributed,
+    like,
     metrics,
     navit,
     objectives,
@@ -65,6 +66,7 @@ EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "Evaluate the run in --workdir
 
 def main(config: ConfigDict) -> None:
     if PLAN.value:
+        like.resolve(config)
         return plan.main(config, PLAN.value)
     with distributed.session(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, debug=cli.DEBUG.value):
         run_config(config)
@@ -74,6 +76,7 @@ def run_config(config: ConfigDict) -> None:
     """Train or evaluate, as one of the run's processes."""
     workdir = console.open_workdir(WORKDIR.value, config.name, EVAL_ONLY.value and not config.init_from)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
+    like.resolve(config)
     checks.check(config)
     run = build(config, workdir)
     if not EVAL_ONLY.value:
@@ -100,17 +103,18 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     console.fit_schedule(config.optim, total)
     objective = objectives.make(config, classes, train_images.tokenizer and train_images.tokenizer.vocab_size)
     tx, schedule = optim.make_optimizer(config.optim, objective.shapes, total)
-    like = start.shapes(objective.shapes, tx, bool(config.optim.ema_decay), mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    state = start.shapes(objective.shapes, tx, bool(config.optim.ema_decay), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = dict(limit=objective.limit, ema_decay=config.optim.ema_decay, seed=config.seed)
     best = config.best_metric or f"{suite.default_metric(config, eval_images)}@{max(config.eval.token_budgets)}"
     console.describe(config, rows, len(eval_images.sizes), objective, total, mesh)
     meta = dict(config=json.loads(config.to_json_best_effort()), data=stream.fingerprint(train_images))
+    meta["classes"] = list(train_images.source.class_names)
     folder = CHECKPOINTS.value or workdir / "checkpoints"
     console.check_shared(folder)
     checkpoints = checkpoint.Checkpoints(folder, config.keep_checkpoints, best)
-    begun = start.restore(checkpoints, like, meta, EVAL_ONLY.value)
-    begun = begun or start.fresh(config, objective.init, tx, shardings, meta["data"], whole=EVAL_ONLY.value)
+    begun = start.restore(checkpoints, state, meta, EVAL_ONLY.value)
+    begun = begun or start.fresh(config, objective.init, tx, shardings, meta, whole=EVAL_ONLY.value)
     return SimpleNamespace(
         config=config,
         workdir=workdir,

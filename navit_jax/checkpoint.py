@@ -24,7 +24,7 @@ from navit_jax import checkpoint_files as files
 from navit_jax import checkpoint_integrity as integrity
 from navit_jax.compatibility import check_compatible, init_from, named_leaves, nested, to_json
 
-__all__ = ["Checkpoints", "check_compatible", "find_checkpoint", "init_from", "restore_params"]
+__all__ = ["Checkpoints", "check_compatible", "find_checkpoint", "init_from", "is_run", "restore_params"]
 
 Tree = Any
 _PARTIAL = (".orbax-checkpoint-tmp", ".deleted")  # unfinished saves and deletions
@@ -192,6 +192,12 @@ class Checkpoints:
         for path in self.root.iterdir() if jax.process_index() == 0 and self.root.is_dir() else ():
             if any(mark in path.name for mark in _PARTIAL):
                 files.remove(path)
+
+
+def is_run(path: epath.PathLike) -> bool:
+    """Whether a path is a run's folder, the folder of its checkpoints or one of these; other weights are not."""
+    path = files.absolute(path)
+    return (path / "state").exists() or (path / "checkpoints").exists() or bool(files.steps(path))
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:

@@ -7,7 +7,7 @@ tower alone from a model of two towers to one of one, or back.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,8 +47,8 @@ def init_from(params_new: Tree, params_old: Tree) -> tuple[Tree, list[str]]:
     wrong = differences(old, new, dtypes=False)
     if wrong:
         raise UserError(
-            f"The parameters to start from do not fit this model:\n{wrong}\nUse that run's config.model, and of a "
-            "contrastive run its config.text and config.contrastive."
+            f"The parameters to start from do not fit this model:\n{wrong}\n--config.model.like with the path that "
+            "init_from has takes their architecture. Of a contrastive run use its config.text and config.contrastive."
         )
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -70,6 +70,18 @@ def _shared_tower(new: dict, old: dict) -> tuple[dict, dict, list[str]]:
     old = {IMAGE + name: x for name, x in old.items() if not name.startswith("head/")}
     note = "The checkpoint is of one tower: it becomes the image tower, without its head; all else starts anew."
     return new, old, [note]
+
+
+def without_other_classes(
+    params: Tree, classes_old: Sequence[str] | None, classes_new: Sequence[str] | None
+) -> tuple[Tree, str]:
+    """(parameters without a head that names other classes, what to tell the user); unknown names are no reason."""
+    old, new = tuple(classes_old or ()), tuple(classes_new or ())
+    if not old or not new or old == new or "head" not in params:
+        return params, ""
+    shown = [", ".join(names[:3]) + ", ..." * (len(names) > 3) for names in (old, new)]
+    note = f"The head starts anew: its {len(old)} classes were {shown[0]}; here are {len(new)}, {shown[1]}."
+    return {name: part for name, part in params.items() if name != "head"}, note
 
 
 def other_tokenizer(meta_old: dict, data: dict) -> str:

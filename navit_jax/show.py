@@ -18,7 +18,7 @@ from input_pipeline import packing, stream
 from input_pipeline.errors import UserError
 from input_pipeline.packing import RowPlan
 from input_pipeline.rows import RowBuilder
-from navit_jax import row_picture
+from navit_jax import like, row_picture
 from navit_jax.row_picture import Picture, Shown
 
 OUT = flags.DEFINE_string("out", "rows.png", "The picture: .png, .jpg, .webp, .svg or .pdf.")
@@ -28,6 +28,7 @@ ROWS = flags.DEFINE_integer("rows", 4, "How many rows to draw.", lower_bound=1)
 def main(config: ConfigDict) -> None:
     """Draw `--rows` rows of the config's training data to `--out`."""
     out = Path(OUT.value)
+    like.resolve(config)
     rows, slots = packed_rows(config, ROWS.value)
     title = f"{config.name} on {config.data.source}"
     figure = row_picture.draw(rows, slots, title)

@@ -5,7 +5,7 @@ starts as one that fits everywhere does.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline.errors import UserError
-from navit_jax import checkpoint, sharding, train_step
-from navit_jax.compatibility import other_tokenizer
+from navit_jax import checkpoint, like, navit, sharding, train_step
+from navit_jax.compatibility import other_tokenizer, without_other_classes
 
 
 class Start(NamedTuple):
@@ -60,21 +60,48 @@ def fresh(
     init: Callable[[int], dict],
     tx: optax.GradientTransformation,
     shardings: train_step.State,
-    data: dict,
+    meta: dict,
     whole: bool,
 ) -> Start:
-    """Step 0, `init(seed)` or from `config.init_from`.
+    """Step 0, `init(seed)` or from `config.init_from`: a run, one of its checkpoints, or whatever `weights.read` takes.
 
-    data: this run's fingerprint. whole: the latter must bring every parameter, or UserError.
+    meta: of this run. whole: the latter must bring every parameter, or UserError.
     """
     params = functools.partial(init, config.seed)
     if config.init_from:
         params = jax.jit(params, out_shardings=shardings["params"])()
-        loaded, meta_then = checkpoint.restore_params(config.init_from)
-        params, notes = checkpoint.init_from(params, loaded)
-        notes += filter(None, [other_tokenizer(meta_then, data)])
+        found = _loaded(config)
+        notes = [*found.notes, *filter(None, [other_tokenizer(found.meta, meta.get("data", {}))])]
+        loaded, note = without_other_classes(found.params, found.meta.get("classes"), meta.get("classes"))
+        params, more = checkpoint.init_from(params, loaded)
+        notes += [note, *(m for m in more if not m.startswith("The head"))] if note else more
         if notes and whole:
             raise UserError(f"--eval_only needs the whole model of {config.init_from}: {' '.join(notes)}")
-        for note in [f"parameters from {config.init_from}", *notes]:
+        for note in [f"parameters from {config.init_from}{found.source}", *notes]:
             tqdm.write(note)
     return Start(train_step.new_state(params, tx, bool(config.optim.ema_decay), shardings), 0, None)
+
+
+class _Loaded(NamedTuple):
+    """params: nested dict. meta: of the run that made them, as far as known. source: a line on them. notes: to say."""
+
+    params: dict
+    meta: dict
+    source: str = ""
+    notes: Sequence[str] = ()
+
+
+def _loaded(config: ConfigDict) -> _Loaded:
+    """The parameters of `config.init_from`."""
+    path = config.init_from
+    if "://" in path or checkpoint.is_run(path):
+        return _Loaded(*checkpoint.restore_params(path))
+    from navit_jax import weights  # formats that most runs do not need
+
+    found = weights.read(path)
+    tower = getattr(found.cfg, "image", found.cfg)
+    here = navit.from_config(config.model, channels=config.data.channels, num_classes=0)
+    notes = like.differences(here, tower)
+    if notes:
+        notes = [f"These weights are of another model, {'; '.join(notes)}: --config.model.like={path} takes theirs."]
+    return _Loaded(found.params, dict(classes=found.classes), f", {found.source}" if found.source else "", notes)
