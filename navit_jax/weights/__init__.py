@@ -2,14 +2,18 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from etils import epath
+
 from input_pipeline.errors import UserError
+from navit_jax import checkpoint, checkpoint_files
 from navit_jax.contrastive import TwoTowersConfig
 from navit_jax.navit import NaViTConfig
-from navit_jax.weights import reader
+from navit_jax.weights import hub, reader
 
 FORMATS = ("ours", "siglip", "big_vision", "dinov3", "timm_vit", "vit_pytorch", "monai_navit", "pixtral", "qwen_vl")
 
@@ -28,10 +32,10 @@ class Weights(NamedTuple):
     source: str = ""
 
 
-def formats() -> list[ModuleType]:
-    """The modules of FORMATS; imported when they are asked for."""
+def formats() -> Iterator[ModuleType]:
+    """The modules of FORMATS, each imported when it is reached."""
     names = [f"{__name__}.{name}" for name in FORMATS]
-    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    return (importlib.import_module(name) for name in names if importlib.util.find_spec(name))
 
 
 def read(path: str | Path) -> Weights:
@@ -47,15 +51,34 @@ def config_of(path: str | Path) -> NaViTConfig | TwoTowersConfig:
     return _read(path, dry=True).cfg
 
 
-def _read(path: str | Path, dry: bool) -> Weights:
+def _read(name: str | Path, dry: bool) -> Weights:
+    path = locate(name)
+    if checkpoint.is_run(path):
+        from navit_jax.weights import ours  # formats import this module
+
+        return ours.read_run(path, dry)
+    if "://" in str(path):
+        raise UserError(
+            f"{path} is no run of ours, and other weights are read from a local disk: copy it, give its path"
+        )
     tensors = reader.open_tensors(Path(path), dry)
     for module in formats():
         if module.recognises(tensors.names, tensors.config):
             weights = module.read(tensors)
             tensors.finish()
-            return weights
+            return weights if weights.source else weights._replace(source=f"{module.NAME}, {name}")
     known = ", ".join(module.NAME for module in formats())
     raise UserError(
-        f"{path} is of no known format: its {len(tensors.names)} tensors start with "
+        f"{name} is of no known format: its {len(tensors.names)} tensors start with "
         f"{', '.join(list(tensors.names)[:5])}; known are {known}"
     )
+
+
+def locate(name: str | Path) -> epath.Path:
+    """Where the weights of a path or hub name are; downloads the latter. Raises UserError if there are none."""
+    path = checkpoint_files.absolute(name)
+    if path.exists():
+        return path
+    if isinstance(name, str) and hub.is_name(name):
+        return epath.Path(hub.fetch(name))
+    raise UserError(f"There is no {path}; expected weights: a path, or a name on the Hugging Face hub such as org/name")

@@ -9,7 +9,7 @@ without reading values, and every broken file gets a message of its own.
 import json
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +113,22 @@ def _mapped(path: Path, dtype: type, offset: int, shape: tuple[int, ...]) -> np.
         .view(dtype)
         .reshape(shape)
     )
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """The arrays under these names; the file appears when it is whole. Raises OSError."""
+    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file that does not say so
+    for name, x in arrays.items():
+        header[name] = {"dtype": codes[x.dtype], "shape": [*x.shape], "data_offsets": [end, end := end + x.nbytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for x in arrays.values():
+            file.write(np.ascontiguousarray(x).tobytes())
+    unfinished.rename(path)
 
 
 def _npz(path: Path) -> dict[str, Entry]:
