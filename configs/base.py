@@ -100,7 +100,7 @@ def model() -> ConfigDict:
     c.norm_eps = 1e-6
     c.norm_tokens = True  # the last norm, before pooling
     c.norm_pooled = False  # a norm behind pooling
-    c.embed_norm = "none"  # none | after | both: norms of the embedded patch, and before that of its pixels
+    c.embed_norm = "none"  # none | after, both (the embedded patch, and its pixels) | entry (what enters the blocks)
     c.mlp = "gelu_tanh"  # gelu_tanh | gelu | quick_gelu | swiglu
     c.layer_scale = 0.0  # first value of a learned factor of each branch; 0: none
     c.qk_norm = True

@@ -52,7 +52,7 @@ class NaViTConfig(transformer.EncoderConfig, positions.PositionConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_positions(self.width, self.head_dim)
-        for field, known in (("pool", pooling.KINDS), ("embed_norm", ("none", "after", "both"))):
+        for field, known in (("pool", pooling.KINDS), ("embed_norm", ("none", "after", "both", "entry"))):
             if getattr(self, field) not in known:
                 raise UserError(f"model.{field} is {getattr(self, field)!r}; it must be one of {', '.join(known)}")
         for field in ("patch_size", "channels"):
@@ -123,13 +123,15 @@ class NaViT(nnx.Module):
             mean=cfg.mean,
             std=cfg.std,
             norm_in=cfg.make_norm(cfg.patch_size**2 * cfg.channels) if cfg.embed_norm == "both" else None,
-            norm_out=cfg.make_norm(cfg.width) if cfg.embed_norm != "none" else None,
+            norm_out=cfg.make_norm(cfg.width) if cfg.embed_norm in ("after", "both") else None,
         )
         if cfg.posemb not in ("rope", "none"):
             self.posemb = positions.PositionEmbedding(cfg, cfg.width, rngs=rngs)
         if cfg.registers:
             init = jax.nn.initializers.normal(0.02)
             self.registers = nnx.Param(init(rngs.params(), (cfg.registers, cfg.width), jnp.float32))
+        if cfg.embed_norm == "entry":
+            self.entry_norm = cfg.make_norm(cfg.width)
         self.blocks = transformer.stack_blocks(cfg, rngs=rngs)
         if cfg.norm_tokens:
             self.norm = cfg.make_norm(cfg.width)
@@ -179,6 +181,7 @@ class NaViT(nnx.Module):
             order, ids_BL = arrangement.with_registers(ids_BL, slots, cfg.registers)
             x_BLD, rope = (jax.tree.map(lambda x: arrangement.arrange(x, order), x) for x in (x_BLD, rope))
             capacity = capacity and capacity.longer(cfg.registers)
+        x_BLD = self.entry_norm(x_BLD) if cfg.embed_norm == "entry" else x_BLD
         groups = transformer.make_groups(cfg, ids_BL, capacity, contiguous=True)
         x_BLD = transformer.encode(cfg, self.blocks, x_BLD, groups, slots=slots, rope=rope, key=blocks_key)
         x_BLD = self.norm(x_BLD) if cfg.norm_tokens else x_BLD
