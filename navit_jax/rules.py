@@ -17,7 +17,7 @@ from input_pipeline.errors import UserError
 
 Params = Any  # a nested dict of arrays
 Value = float | np.ndarray  # of one parameter: a number, or [depth, 1, ...] for stacked layers
-INPUTS = ("embed", "posemb", "registers", "entry_norm", "table", "positions")  # what the first block reads is made of them
+INPUTS = ("embed", "posemb", "registers", "entry_norm", "table", "positions")  # what the first block reads
 
 
 def name_of(path: tuple) -> str:
