@@ -92,7 +92,7 @@ def model() -> ConfigDict:
     c.posemb_max = 64  # rows of the table: the largest side in patches when absolute
     c.posemb_beyond = "error"  # error | interpolate: what happens to grids with a side above posemb_max
     c.posemb_grid = (16, 16)  # rows and columns of the table
-    c.posemb_resize = "bilinear"  # bilinear (antialiased) | bicubic | bicubic_antialias: of table and resized
+    c.posemb_resize = "bilinear"  # bilinear (antialiased), linear | bicubic, bicubic_antialias: of table and resized
     c.posemb_square = False  # resize for the square of the longer side, and cut
     c.rope_base = 10_000.0
     c.rope_axes = "same"  # same | alternate: frequencies of y and x

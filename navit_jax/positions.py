@@ -21,7 +21,7 @@ COORDS = {  # in what coordinates a patch's place is given, and to which kinds
     "resized": ("learned",),  # the tables are resized to the image's sides, as one resizes an image
     "centred": ("rope",),  # a patch's centre, from -1 to 1
 }
-RESIZES = ("bilinear", "bicubic", "bicubic_antialias")
+RESIZES = ("bilinear", "linear", "bicubic", "bicubic_antialias")
 WAVELENGTH = 10_000.0  # base of the sinusoidal frequencies, and by default of the rotary ones
 EXACT = jax.lax.Precision.HIGHEST  # a table entry must not be rounded on its way to a token
 
@@ -166,14 +166,16 @@ def sinusoidal_table(rows: int, width: int) -> np.ndarray:
 
 
 def resize_weights(at_BL: jax.Array, side_BL: jax.Array, rows: int, kind: str = "bilinear") -> jax.Array:
-    """[B, L, rows]: how a resize from `rows` to `side` samples makes the sample at `at`; sides differ from token to token.
+    """[B, L, rows]: how a resize from `rows` to `side` samples makes the sample at `at`; sides may differ by token.
 
-    'bilinear' is antialiased, equal to `jax.image.resize(..., 'bilinear', antialias=True)`; 'bicubic' and
-    'bicubic_antialias' are those of PyTorch's `interpolate` (a = -0.75, edges repeated; a = -0.5, edges left out).
-    Weights sum to 1; far outside of the image, where only padding may point, they are finite.
+    'bilinear' is antialiased, equal to `jax.image.resize(..., 'bilinear', antialias=True)`; 'linear', 'bicubic' (a =
+    -0.75) and 'bicubic_antialias' (a = -0.5, edges left out) are those of PyTorch's `interpolate`; where nothing else
+    is said, edges are repeated. Weights sum to 1; outside of the image, where only padding may point, they are finite.
     """
     step_BL1 = (rows / side_BL)[..., None]
     source_BL1 = (at_BL[..., None] + 0.5) * step_BL1 - 0.5
+    if kind == "linear":
+        return _between(jnp.clip(source_BL1[..., 0], 0, rows - 1), rows)
     if kind == "bicubic":
         weights = _cubic(jnp.abs(source_BL1 - jnp.arange(-2, rows + 2)), -0.75)
         ends = weights[..., :3].sum(-1, keepdims=True), weights[..., -3:].sum(-1, keepdims=True)
