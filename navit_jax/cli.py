@@ -127,7 +127,10 @@ def _load(argument: str) -> ConfigDict:
         raise UserError(f"{path} has no function get_config(). Configs that have one:\n{_listing()}")
     if rest and not inspect.signature(module.get_config).parameters:
         raise UserError(f"{path} takes no argument, found {rest[0]!r}: write --config={path}")
-    return module.get_config(*rest)
+    try:
+        return module.get_config(*rest)
+    except ValueError as error:  # what a config says of its argument: it may import no UserError
+        raise UserError(f"--config={argument}: {error}") from error
 
 
 def _listing() -> str:

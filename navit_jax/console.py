@@ -138,7 +138,8 @@ def describe(
     found, source, texts = rows.report, config.data.source, rows.text_plan
     if source in EMBEDDED:
         layout = "PATH/captions.csv: file_name,text" if texts else "PATH/class/image.jpg"
-        print(f"data: the embedded set {source!r}; for your own: --config {config_path()}:folder=PATH ({layout})")
+        own = f"{config_path()}:{'weights=PATH,' if config.name in ('finetune', 'probe') else ''}folder=PATH"
+        print(f"data: the embedded set {source!r}; for your own: --config {own} ({layout})")
     print(
         f"      {len(rows.images.sizes)} training {'pairs' if texts else 'images'}, {held_out} held out, "
         f"{rows.images.classes} classes\n"
