@@ -135,3 +135,8 @@ def test_rows_stay_full_within_the_profile():
     long.resolution.min_side = 160
     shifted = Sampler(long, sizes, 16)
     assert dry_run.dry_run(shifted, 20_000, **plan).fill > 0.7
+
+
+def test_longer_images_need_longer_places():
+    promise = capacity.Capacity(2, ((1, 40), (3, 8)))
+    assert promise.longer(5) == capacity.Capacity(2, ((1, 45), (3, 13)))

@@ -28,6 +28,15 @@ OPTIONS = [
     dict(posemb="rope", pool="mean", registers=2),
     dict(posemb="table", bias=True, qk_norm=False, registers=1),
     dict(posemb="none", stored_patch_size=4, remat="dots"),
+    dict(
+        pool="first", registers=2, norm="rms", mlp="swiglu", embed_norm="both", posemb="rope", posemb_coords="centred"
+    ),
+    dict(pool="query", qk_rms=True, mlp="gelu", head_size=4, norm_pooled=True, posemb_coords="resized", bias=True),
+]
+FOREIGN = [
+    dict(posemb="rope", rope_axes="alternate", rope_base=100.0, mlp="quick_gelu", layer_scale=0.5, norm_tokens=False),
+    dict(posemb="table", posemb_grid=(3, 5), posemb_resize="bicubic", pre_logits=7, mean=(0.1, 0.2, 0.3), std=(0.4,)),
+    dict(posemb="table", posemb_resize="bicubic_antialias", posemb_square=True, pool="mean", norm_pooled=True),
 ]
 QUICK = [FACTORISED[0], FACTORISED[11], OTHERS[1], *OPTIONS]
 
@@ -94,7 +103,7 @@ def test_packed_equals_alone(fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", ["map", "mean"])
-@pytest.mark.parametrize("fields", FACTORISED + OTHERS, ids=name_of)
+@pytest.mark.parametrize("fields", FACTORISED + OTHERS + FOREIGN, ids=name_of)
 def test_packed_equals_alone_for_every_choice(fields, pool):
     for seed in range(1, 4):
         check_same(fields | {"pool": pool}, seed)

@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import fast_jit, random_packed, random_params
 
 from configs import base
+from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from navit_jax import attention, navit, transformer
 
@@ -74,6 +75,12 @@ def test_sizes_override_the_variant():
         (dict(dropout=1.0), "dropout"),
         (dict(registers=-1), "negative"),
         (dict(posemb="fourier", posemb_combine="concat"), "posemb_combine"),
+        (dict(pool="first"), "model.registers is 0"),
+        (dict(mean=(0.1, 0.2)), "each of the 3 channels"),
+        (dict(std=(0.0,)), "above 0"),
+        (dict(norm="batch"), "layer, rms"),
+        (dict(mlp="relu"), "swiglu"),
+        (dict(embed_norm="before"), "none, after, both"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(fields, words):
@@ -196,3 +203,16 @@ def test_flops_of_the_base_model():
     assert navit.flops_forward(cfg, [1] * 1000) / 1e9 == pytest.approx(171, rel=0.01)
     attention_share = 1 - 1024 * navit.flops_forward(cfg, [1]) / navit.flops_forward(cfg, [1024])
     assert attention_share == pytest.approx(0.18, abs=0.01)
+
+
+def test_registers_beside_their_image_keep_the_planned_profile():
+    """Slabs with their longer places give what dense attention gives, tokens and pooled vectors alike."""
+    images = random_packed(np.random.default_rng(0), [[5, 9], [9, 5, 2]], L, K, P)
+    images = images._replace(capacity=Capacity(2, ((2, 9), (3, 5))))
+    found = []
+    for attention in ("slabs", "dense"):
+        graphdef, params = build(pool="first", registers=3, attention=attention)
+        model = navit.merge(graphdef, params)
+        found.append((model.tokens(images)[images.segment_ids > 0], model(images)[0]))
+    for slabs, dense in zip(*found, strict=True):
+        np.testing.assert_allclose(slabs, dense, atol=1e-5)

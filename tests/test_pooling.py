@@ -64,3 +64,28 @@ def test_last_pool_is_the_last_token():
     np.testing.assert_array_equal(got, expected)
     gradient = jax.grad(lambda x: (pooling.last_pool(x, jnp.asarray(ids), K) * weights).sum())
     np.testing.assert_array_equal(gradient(x.astype(jnp.float32)), slope)
+
+
+def test_query_pool_is_attention_with_normalised_queries_and_keys():
+    cfg = transformer.EncoderConfig(width=16, depth=1, heads=2, mlp_dim=24, head_size=5, qk_rms=True)
+    pool = pooling.QueryPool(cfg, rngs=nnx.Rngs(0))
+    pool.k_norm.scale[...] = jnp.asarray(np.random.default_rng(2).uniform(1, 3, (2, 5)), jnp.float32)
+    x = np.random.default_rng(1).standard_normal((1, L, 16)).astype(np.float32)
+    ids = np.repeat([[1, 3, 0]], 8, axis=1).astype(np.int32)
+    got = pool(jnp.asarray(x), jnp.asarray(ids), K)
+
+    def unit(z_H):
+        return np.sqrt(5) * z_H / np.linalg.norm(z_H, axis=-1, keepdims=True)
+
+    query = np.asarray(pool.query[...], np.float64)
+    normed = (query - query.mean()) / query.std()
+    q, k, v = (np.asarray(layer.kernel[...], np.float64) for layer in (pool.q, pool.k, pool.v))
+    for slot in (1, 3):
+        tokens = x[0][ids[0] == slot]
+        keys = unit(np.einsum("ld,dnh->lnh", tokens, k)) * np.asarray(pool.k_norm.scale[...])
+        logits = np.einsum("nh,lnh->nl", unit(np.einsum("d,dnh->nh", normed, q)), keys) / np.sqrt(5)
+        weights = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        y = np.einsum("nl,lnh->nh", weights, np.einsum("ld,dnh->lnh", tokens, v))
+        expected = np.einsum("nh,nhd->d", y, np.asarray(pool.out.kernel[...])) + query
+        np.testing.assert_allclose(got[0, slot - 1], expected, atol=1e-5)
+    assert not got[0, 1].any() and not got[0, 3].any()

@@ -124,6 +124,61 @@ def test_table_equals_jax_image_resize(rows, columns):
     np.testing.assert_allclose(got[0].reshape(rows, columns, D), resized, atol=2e-6)
 
 
+@pytest.mark.parametrize("rows, columns", [(3, 5), (5, 3), (9, 9), (2, 40)])
+def test_cubic_table_equals_jax_image_resize(rows, columns):
+    """Antialiased: JAX's cubic has the same kernel. Not antialiased: below, as JAX leaves out what lies outside."""
+    cfg = positions.PositionConfig(posemb="table", posemb_grid=(5, 7), posemb_resize="bicubic_antialias")
+    model = positions.PositionEmbedding(cfg, D, rngs=nnx.Rngs(0))
+    resized = jax.image.resize(model.table[...], (rows, columns, D), "cubic", antialias=True)
+    got = whole(model, rows, columns)
+    np.testing.assert_allclose(got, resized, atol=2e-6)
+
+
+def whole(model, rows, columns):
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    coords = np.stack([0 * y, y, x], axis=1)[None]
+    return model(coords, np.broadcast_to([rows, columns], (1, rows * columns, 2))).reshape(rows, columns, -1)
+
+
+@pytest.mark.parametrize("old, new", [(7, 5), (5, 9), (6, 6), (2, 5), (1, 3), (3, 1)])
+def test_bicubic_repeats_the_edges(old, new):
+    """Keys' kernel with a = -0.75 over 4 samples, whose indices are cut to the table, sample by sample."""
+    table = np.random.default_rng(0).standard_normal(old)
+
+    def kernel(d):
+        a = -0.75
+        return ((a + 2) * d - (a + 3)) * d * d + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+
+    weights = positions.resize_weights(jnp.arange(new)[None], jnp.full((1, new), new), old, "bicubic")[0]
+    for i in range(new):
+        source = (i + 0.5) * old / new - 0.5
+        first = int(np.floor(source)) - 1
+        expected = sum(kernel(abs(source - j)) * table[np.clip(j, 0, old - 1)] for j in range(first, first + 4))
+        assert weights[i] @ table == pytest.approx(expected, abs=1e-5)
+
+
+def test_learned_tables_are_resized_as_an_image_is():
+    cfg = positions.PositionConfig(posemb_coords="resized", posemb_max=M)
+    model = positions.PositionEmbedding(cfg, D, rngs=nnx.Rngs(0))
+    y, x = (jax.image.resize(t[...], (n, D), "bilinear", antialias=True) for t, n in ((model.y, 5), (model.x, 20)))
+    np.testing.assert_allclose(whole(model, 5, 20), y[:, None] + x[None], atol=2e-6)
+
+
+def test_square_tables_are_resized_to_the_longer_side_and_cut():
+    cfg = positions.PositionConfig(posemb="table", posemb_square=True)
+    model = positions.PositionEmbedding(cfg, D, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(whole(model, 4, 9), whole(model, 9, 9)[:4], atol=1e-6)
+
+
+def test_rope_about_the_centre_and_with_alternating_frequencies():
+    cfg = positions.PositionConfig(posemb="rope", posemb_coords="centred", rope_base=100.0, rope_axes="alternate")
+    sin, cos = positions.rope(cfg, jnp.array([[[0, 2, 5]]]), jnp.array([[[4, 6]]]), 8)
+    y, x = 2 * np.pi * (2 * 2.5 / 4 - 1), 2 * np.pi * (2 * 5.5 / 6 - 1)
+    expected = np.array([[y, y * 100 ** (-4 / 8)], [x * 100 ** (-2 / 8), x * 100 ** (-6 / 8)]])
+    np.testing.assert_allclose(sin[0, 0, 0], np.sin(expected), atol=1e-5)
+    np.testing.assert_allclose(cos[0, 0, 0], np.cos(expected), atol=1e-5)
+
+
 @pytest.mark.parametrize("coords", ["absolute", "fractional"])
 def test_rope_rotates_pairs_by_y_and_x(coords):
     cfg = positions.PositionConfig(posemb="rope", posemb_coords=coords, posemb_max=M)
@@ -161,6 +216,9 @@ def test_garbage_in_padding_gives_finite_numbers(kind):
         else:
             out = embedding(kind, coords, beyond="interpolate")(garbage, sides)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+    for resize in positions.RESIZES:
+        cfg = positions.PositionConfig(posemb="table", posemb_resize=resize)
+        assert np.isfinite(positions.PositionEmbedding(cfg, D, rngs=nnx.Rngs(0))(garbage, sides)).all()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +232,10 @@ def test_garbage_in_padding_gives_finite_numbers(kind):
         (dict(posemb_coords="relative"), 16, 8, "absolute, fractional"),
         (dict(posemb_beyond="wrap"), 16, 8, "error, interpolate"),
         (dict(posemb_max=1), 16, 8, "2 rows"),
+        (dict(posemb="table", posemb_coords="resized"), 16, 8, "only posemb 'learned'"),
+        (dict(posemb_coords="centred"), 16, 8, "only posemb 'rope'"),
+        (dict(posemb_grid=(0, 4)), 16, 8, "rows and columns"),
+        (dict(posemb_resize="nearest"), 16, 8, "one of bilinear"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(fields, width, head_dim, words):

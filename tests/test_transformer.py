@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import random_params
+from scipy import special
 
 from navit_jax import layers, transformer
 from navit_jax.attention import make_groups
@@ -51,6 +52,48 @@ def test_block_against_its_formula(bias, qk_norm):
     for segment in (1, 2):
         image = x[ids == segment].astype(np.float64)
         np.testing.assert_allclose(np.asarray(got)[ids == segment], block(image, exact, qk_norm), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", layers.MLPS)
+def test_mlps_follow_their_formulas(kind):
+    mlp = layers.Mlp(D, 20, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0), kind=kind)
+    x = 2 * np.random.default_rng(0).standard_normal((5, D))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(mlp)))
+    up = dense("LD,DF->LF", x, params["up"])
+    if kind == "swiglu":
+        gate = dense("LD,DF->LF", x, params["gate"])
+        hidden = gate / (1 + np.exp(-gate)) * up
+    elif kind == "quick_gelu":
+        hidden = up / (1 + np.exp(-1.702 * up))
+    elif kind == "gelu":
+        hidden = up / 2 * (1 + special.erf(up / np.sqrt(2)))
+    else:
+        hidden = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    np.testing.assert_allclose(mlp(jnp.asarray(x, jnp.float32)), dense("LF,FD->LD", hidden, params["down"]), atol=1e-5)
+
+
+def test_rms_norm_keeps_the_mean_and_scales_each_head():
+    x = 1 + np.random.default_rng(0).standard_normal((3, N, H)).astype(np.float32)
+    norm = layers.Norm(N, H, kind="rms", bias=True)
+    assert norm.bias is None
+    norm.scale[...] = jnp.arange(N * H, dtype=jnp.float32).reshape(N, H)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.arange(N * H).reshape(N, H)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_layer_scale_of_zero_leaves_the_residual_alone():
+    cfg = transformer.EncoderConfig(width=D, depth=1, heads=N, mlp_dim=20, layer_scale=0.5)
+    made = transformer.Block(cfg, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, L, D)), jnp.float32)
+    ids = make_groups(jnp.ones((1, L), jnp.int32))
+    branches = []
+    made(x, ids, None, lambda y, i: branches.append(y) or y)
+    made.attn_scale[...], made.mlp_scale[...] = jnp.zeros(D), jnp.ones(D)
+    scaled = []
+    out = made(x, ids, None, lambda y, i: scaled.append(y) or y)
+    np.testing.assert_array_equal(scaled[0], 0)
+    np.testing.assert_allclose(out, x + scaled[1], atol=1e-6)
+    assert np.abs(branches[0]).max() > 0.01
 
 
 def test_layer_norm_gradients_against_automatic_ones():
