@@ -101,7 +101,7 @@ def _one(rule: Rule, tensors: Tensors, layer: int, shape: tuple[int, ...]) -> np
     except ValueError as error:
         of_part = f" (part {number + 1} of {of})" if of > 1 else ""
         raise UserError(f"{tensors.path}: {found}{of_part}; {error} for {rule.ours} of this model") from error
-    return np.ascontiguousarray(value, np.float32)
+    return np.asarray(value, np.float32, order="C")  # ascontiguousarray would make a vector of a scalar
 
 
 def save(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
@@ -116,7 +116,7 @@ def save(rules: list[Rule], params: dict) -> dict[str, np.ndarray]:
             for name, x in zip(rule.names(layer), (made,) if isinstance(rule.theirs, str) else made, strict=True):
                 parts.setdefault(name, {})[rule.part[0]] = x
     joined = {n: p[0] if len(p) == 1 else np.concatenate([p[i] for i in sorted(p)]) for n, p in parts.items()}
-    return {name: np.ascontiguousarray(x) for name, x in joined.items()}
+    return {name: np.asarray(x, order="C") for name, x in joined.items()}
 
 
 def copy(ours: str, theirs: str, *, then: Change | None = None, back: Change | None = None) -> list[Rule]:
