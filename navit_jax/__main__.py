@@ -1,26 +1,36 @@
 """Commands besides training: `python -m navit_jax COMMAND --help`.
 
-Each is a module with a `main(config)`, or where it takes no config a `command(arguments)`; it is imported only when it
-is called, so listing them takes no second.
+Each is a module, which is imported only when it is called, so listing them takes no second.
 """
 
 import difflib
 import importlib
 import sys
+from typing import NamedTuple
 
 from input_pipeline.errors import UserError
 
 
+class Command(NamedTuple):
+    """module: has a `main(config)` for `cli`, or with own_flags a `main(arguments)` for `arguments`."""
+
+    module: str
+    about: str
+    own_flags: bool = False
+
+
 COMMANDS = {
-    "show": ("navit_jax.show", "draw packed rows of a config as a picture"),
-    "predict": ("navit_jax.predict_command", "what a model says of images, as lines, JSON or a picture"),
-    "convert": ("navit_jax.convert", "write weights in another format, or say what they are"),
+    "show": Command("navit_jax.show", "draw packed rows of a config as a picture"),
+    "predict": Command(
+        "navit_jax.predict_command", "what a model says of images: lines, JSON, a picture", own_flags=True
+    ),
+    "convert": Command("navit_jax.convert", "write weights in another format, or say what they are", own_flags=True),
 }
 
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:10s} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:10s} {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m navit_jax COMMAND [flags]; COMMAND --help lists its flags", "", "Commands:", *lines, ""]
         + ["Training is `python train.py --config configs/navit_b16.py`."]
@@ -38,15 +48,15 @@ def main() -> None:
         error = UserError(f"there is no command {name!r}. Did you mean {near[0]}? --help lists the commands.")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    command, sys.argv = COMMANDS[name], [f"navit_jax {name}", *sys.argv[2:]]
+    if command.own_flags:
+        from navit_jax import arguments
+
+        arguments.run(importlib.import_module(command.module).main, sys.argv[1:])
+        return
     from navit_jax import cli
 
-    module = importlib.import_module(COMMANDS[name][0])
-    sys.argv = [f"navit_jax {name}", *sys.argv[2:]]
-    if not hasattr(module, "command"):
-        cli.run(module.main)
-        return
-    with cli.mistakes():
-        module.command(sys.argv[1:])
+    cli.run(importlib.import_module(command.module).main)
 
 
 if __name__ == "__main__":
