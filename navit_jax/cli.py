@@ -4,8 +4,6 @@ A mistake of the user ends in one message and exit status 2; a traceback means a
 parsing, and its errors are explained afterwards, so nothing is checked twice where nothing is wrong.
 """
 
-import argparse
-import contextlib
 import difflib
 import importlib.util
 import inspect
@@ -13,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -37,15 +34,8 @@ def run(main: Callable[[ConfigDict], None]) -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(usage(main))
         return
-    with mistakes():
-        main(_parse(sys.argv))
-
-
-@contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """Ends the program as `run` does where a UserError or an interruption comes out of the block."""
     try:
-        yield
+        main(_parse(sys.argv))
     except UserError as error:
         if "--debug" in sys.argv:
             raise
@@ -53,21 +43,6 @@ def mistakes() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-class Parser(argparse.ArgumentParser):
-    """For commands without a config; its mistakes are UserErrors, its help the command's docstring.
-
-    name: of the command, `python -m navit_jax NAME`. about: the docstring.
-    """
-
-    def __init__(self, name: str, about: str):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(f"python -m navit_jax {name}", description=about, formatter_class=raw, allow_abbrev=False)
-        self.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists the arguments")
 
 
 def usage(main: Callable[[ConfigDict], None]) -> str:

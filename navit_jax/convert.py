@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from input_pipeline.errors import UserError
-from navit_jax import cli, navit, weights
+from navit_jax import navit, weights
+from navit_jax.arguments import Parser
 from navit_jax.contrastive import TwoTowersConfig
 from navit_jax.weights import stablehlo
 
@@ -27,10 +28,10 @@ FOLDERS = {  # format: module of navit_jax.weights, what it is
 STABLEHLO = "one file for serving, with the parameters inside; needs jax alone"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The arguments of the command."""
     formats = "; ".join(f"{name}: {about}" for name, (_, about) in FOLDERS.items())
-    found = cli.Parser("convert", __doc__)
+    found = Parser("convert", __doc__)
     found.add_argument("source", help="a path or a hub name")
     found.add_argument("target", nargs="?", help="a folder to write to; of stablehlo a file")
     found.add_argument("--to", choices=(*FOLDERS, "stablehlo"), help=f"{formats}; stablehlo: {STABLEHLO}")
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def command(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Convert or describe; see `parser`."""
     args = parser().parse_args(arguments)
     if (
