@@ -26,7 +26,7 @@ OTHERS = [
 OPTIONS = [
     dict(posemb="learned", posemb_beyond="interpolate", posemb_max=5),
     dict(posemb="rope", pool="mean", registers=2),
-    dict(posemb="table", bias=True, qk_norm=False, registers=1),
+    dict(posemb="table", bias=True, qk_norm=False, registers=1, embed_norm="entry"),
     dict(posemb="none", stored_patch_size=4, remat="dots"),
     dict(
         pool="first", registers=2, norm="rms", mlp="swiglu", embed_norm="both", posemb="rope", posemb_coords="centred"

@@ -157,6 +157,13 @@ def test_bicubic_repeats_the_edges(old, new):
         assert weights[i] @ table == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("old, new", [(7, 5), (5, 9), (6, 6), (2, 5), (1, 3), (9, 2)])
+def test_linear_reads_between_two_rows_and_repeats_the_edges(old, new):
+    table, at = np.random.default_rng(0).standard_normal(old), (np.arange(new) + 0.5) * old / new - 0.5
+    weights = positions.resize_weights(jnp.arange(new)[None], jnp.full((1, new), new), old, "linear")[0]
+    np.testing.assert_allclose(weights @ table, np.interp(at, np.arange(old), table), atol=1e-5)
+
+
 def test_learned_tables_are_resized_as_an_image_is():
     cfg = positions.PositionConfig(posemb_coords="resized", posemb_max=M)
     model = positions.PositionEmbedding(cfg, D, rngs=nnx.Rngs(0))
