@@ -16,13 +16,12 @@ L, K, T, M, E, V = 24, 4, 20, 3, 12, 40
 ENCODER = dict(width=32, depth=2, heads=2, mlp_dim=48)
 
 
-def build(loss="sigmoid", **encoder):
+def build(loss="sigmoid", towers=(), **encoder):
     image = navit.NaViTConfig(**(ENCODER | encoder), patch_size=2, posemb_max=12)
     text = text_tower.TextConfig(**(ENCODER | encoder | dict(width=16)), vocab_size=V, max_tokens=T)
     bias = -10.0 if loss == "sigmoid" else None
-    cfg = contrastive.TwoTowersConfig(
-        image=image, text=text, embed_dim=E, init_scale=10.0, max_scale=100.0, init_bias=bias
-    )
+    fields = dict(embed_dim=E, init_scale=10.0, max_scale=100.0, init_bias=bias) | dict(towers)
+    cfg = contrastive.TwoTowersConfig(image=image, text=text, **fields)
     graphdef, shapes = contrastive.abstract(cfg)
     return cfg, graphdef, random_params(shapes)
 
@@ -49,9 +48,14 @@ def names(tree):
     return {optim.name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_a_vector_is_the_projected_one_at_length_one():
+SIGLIP = dict(project_image=False, project_bias=True, embed_dim=32)
+TOWERS = pytest.mark.parametrize("towers", [(), SIGLIP], ids=["plain", "siglip"])
+
+
+@TOWERS
+def test_a_vector_is_the_projected_one_at_length_one(towers):
     """Against float64, with pooled vectors from each tower alone; empty slots are exactly 0."""
-    cfg, graphdef, params = build()
+    cfg, graphdef, params = build(towers=towers)
     images, texts = batch()
     found = fast_jit(lambda p: encode(graphdef, p, images, texts))(params)
     image = navit.abstract(cfg.image)[0]
@@ -60,19 +64,23 @@ def test_a_vector_is_the_projected_one_at_length_one():
         fast_jit(lambda p: navit.merge(graphdef, p).text(texts))(params),
     )
     for z, vector, packed, name in zip(found, pooled, (images, texts), ("image", "text")):
-        expected = np.asarray(vector, np.float64) @ params[f"{name}_projection"]["kernel"]
+        expected, projection = np.asarray(vector, np.float64), params.get(f"{name}_projection")
+        if projection:
+            expected = expected @ projection["kernel"] + projection.get("bias", 0)
         used = packed.grids[..., 0] > 0
+        expected[~used] = 0
         expected[used] /= np.linalg.norm(expected[used], axis=-1, keepdims=True)
-        assert z.dtype == jnp.float32 and z.shape == (*packed.grids.shape[:2], E)
+        assert z.dtype == jnp.float32 and z.shape == (*packed.grids.shape[:2], cfg.embed_dim)
         np.testing.assert_allclose(z, expected, atol=1e-5)
         np.testing.assert_array_equal(np.asarray(z).any(-1), used)
 
 
-def test_empty_slots_teach_nothing_and_no_gradient_is_nan():
+@TOWERS
+def test_empty_slots_teach_nothing_and_no_gradient_is_nan(towers):
     """A weight on every slot: its gradient is that of the filled slots, and 0 where all are empty."""
-    _, graphdef, params = build()
+    cfg, graphdef, params = build(towers=towers)
     rng = np.random.default_rng(1)
-    weights = [rng.standard_normal((3, slots, E)).astype(np.float32) for slots in (K, M)]
+    weights = [rng.standard_normal((3, slots, cfg.embed_dim)).astype(np.float32) for slots in (K, M)]
 
     @fast_jit
     @jax.grad
@@ -127,6 +135,14 @@ def test_sizes_of_the_text_tower_are_the_images_unless_given():
     assert (text.vocab_size, text.max_tokens, text.pool) == (300, 16, "map")
 
 
+def test_a_siglip_by_the_config():
+    c = config(contrastive__project_image=False, contrastive__project_bias=True, contrastive__embed_dim=32, text__pad=3)
+    cfg = contrastive.from_config(c, vocab_size=257)
+    assert (cfg.text.pad, cfg.project_image, cfg.project_bias) == (3, False, True)
+    own = {name for name in names(contrastive.init_params(cfg, 0)) if "projection" in name}
+    assert own == {"text_projection/kernel", "text_projection/bias"}
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
@@ -134,7 +150,9 @@ def test_sizes_of_the_text_tower_are_the_images_unless_given():
         (dict(text__pool="first"), "text.pool is 'first'"),
         (dict(text__heads=5), "text.width 32 .*5 heads"),
         (dict(text__max_tokens=0), "text.max_tokens is 0"),
+        (dict(text__pad=257), "text.pad is 257; the token table has rows 0 to 256"),
         (dict(contrastive__embed_dim=0), "contrastive.embed_dim is 0"),
+        (dict(contrastive__project_image=False), "embed_dim is 512, .*tower's width: set it to 32"),
         (dict(contrastive__init_scale=101.0), "init_scale is 101.0.*max_scale.*100.0"),
         (dict(contrastive__init_scale=0.0), "init_scale is 0.0"),
         (dict(model__pool="last"), "model.pool is 'last'; it must be one of map, mean"),
@@ -209,7 +227,8 @@ def test_randomness_needs_a_key():
 
 
 def test_flops_are_those_of_both_towers_and_projections():
-    cfg = build()[0]
+    cfg, siglip = build()[0], build(towers=SIGLIP)[0]
     images, texts = [5, 8, 20], [7, 13, 4, 2]
     towers = navit.flops_forward(cfg.image, images) + text_tower.flops_forward(cfg.text, texts)
     assert contrastive.flops_forward(cfg, images, texts) == towers + 2 * 3 * 32 * E + 2 * 4 * 16 * E
+    assert contrastive.flops_forward(siglip, images, texts) == towers + 2 * 4 * 16 * 32
