@@ -108,6 +108,9 @@ def model() -> ConfigDict:
     c.bias = False  # biases in dense layers and norms; the paper has none
     c.pool = "map"  # map (attention pooling) | mean | first (register: a class token) | query (vit-pytorch's)
     c.registers = 0  # extra tokens an image that belong to no patch
+    c.window = 0  # patches a side of the windows that blocks attend within; 0: blocks see whole images
+    c.full_blocks = ()  # numbers of the blocks that see whole images all the same, as (7, 15)
+    c.merge = 0  # width of the tokens that 2x2 patches are merged into; 0: none. pool must be mean
     c.pre_logits = 0  # width of a tanh layer before the head; 0: none
     c.mean, c.std = (0.5,), (0.5,)  # of pixels in [0, 1], one number or one a channel
     c.dropout = 0.0

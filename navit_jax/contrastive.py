@@ -17,13 +17,12 @@ from ml_collections import ConfigDict
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from input_pipeline.text import table_size
-from navit_jax import layers, navit, sharding, text_tower
+from navit_jax import attention, layers, navit, sharding, text_tower
 
 SIZES = ("width", "depth", "heads", "mlp_dim")
 SHARED_FIELDS = (  # of configs.base.model, the same in both towers
     *("qk_norm", "bias", "dropout", "stochastic_depth", "remat", "dtype", "norm", "norm_eps", "mlp", "layer_scale"),
 )
-PLANNED = ("slabs", "cudnn")  # attention that needs rows planned within a capacity, which rows of texts are not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,10 @@ class TwoTowersConfig:
     def __post_init__(self):
         if self.embed_dim < 1:
             raise UserError(f"contrastive.embed_dim is {self.embed_dim}; it must be at least 1")
-        if not self.project_image and self.embed_dim != self.image.width:
+        if not self.project_image and self.embed_dim != self.image.token_width:
             raise UserError(
                 f"contrastive.embed_dim is {self.embed_dim}, but without contrastive.project_image it is the image "
-                f"tower's width: set it to {self.image.width}"
+                f"tower's width: set it to {self.image.token_width}"
             )
         if not 0 < self.init_scale <= self.max_scale:
             raise UserError(
@@ -70,7 +69,7 @@ def from_config(config: ConfigDict, *, vocab_size: int) -> TwoTowersConfig:
     text_config = text_tower.TextConfig(
         **{name: text[name] or getattr(image, name) for name in SIZES},
         **{name: config.model[name] for name in SHARED_FIELDS},
-        attention="auto" if config.model.attention in PLANNED else config.model.attention,
+        attention="auto" if config.model.attention in attention.PLANNED else config.model.attention,
         vocab_size=table_size(text, vocab_size),
         max_tokens=text.max_tokens,
         pool=text.pool,
@@ -96,7 +95,7 @@ class TwoTowers(nnx.Module):
         self.image = navit.NaViT(cfg.image, rngs=rngs)
         self.text = text_tower.TextTower(cfg.text, rngs=rngs)
         dense = partial(layers.Dense, outs=(cfg.embed_dim,), bias=cfg.project_bias, dtype=jnp.float32, rngs=rngs)
-        self.image_projection = dense((cfg.image.width,)) if cfg.project_image else None
+        self.image_projection = dense((cfg.image.token_width,)) if cfg.project_image else None
         self.text_projection = dense((cfg.text.width,))
         self.logit_scale = nnx.Param(jnp.asarray(np.log(cfg.init_scale), jnp.float32))
         if cfg.init_bias is not None:
@@ -160,6 +159,6 @@ def flops_forward(cfg: TwoTowersConfig, image_lengths: np.ndarray, text_lengths:
     The products of images with texts are left out: at 32 k pairs they are 0.1 % of a B/16 on 256 tokens an image.
     """
     images = len(image_lengths) if cfg.project_image else 0
-    projected = 2 * cfg.embed_dim * (cfg.image.width * images + cfg.text.width * len(text_lengths))
+    projected = 2 * cfg.embed_dim * (cfg.image.token_width * images + cfg.text.width * len(text_lengths))
     towers = navit.flops_forward(cfg.image, image_lengths) + text_tower.flops_forward(cfg.text, text_lengths)
     return float(towers + projected)

@@ -30,9 +30,9 @@ RULES = (
     (r"/[qkv]/kernel$", ("fsdp", "tensor", None)),  # D, N, H
     (r"/[qkv]/bias$", ("tensor", None)),
     (r"/out/kernel$", ("tensor", None, "fsdp")),  # N, H, D
-    (r"mlp/up/kernel$", ("fsdp", "tensor")),  # D, F
-    (r"mlp/up/bias$", ("tensor",)),
-    (r"mlp/down/kernel$", ("tensor", "fsdp")),  # F, D
+    (r"(mlp|merger)/(up|gate)/kernel$", ("fsdp", "tensor")),  # D, F
+    (r"(mlp|merger)/(up|gate)/bias$", ("tensor",)),
+    (r"(mlp|merger)/down/kernel$", ("tensor", "fsdp")),  # F, D
     (r"(^|/)embed/kernel$", (None, "fsdp")),  # P, D
     (r"(^|/)pool/probe$", (None, "fsdp")),  # 1, D
     (r"^head/kernel$", ("fsdp", None)),  # D, C

@@ -5,9 +5,11 @@ given, one copy a layer, so a layer names what it keeps and recomputes the rest,
 a Ti over 6144 tokens takes 719 MiB of temporaries that way instead of 1325, in the same time.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,18 +167,21 @@ def encode(
     slots: int,
     rope: tuple[jax.Array, jax.Array] | None = None,
     key: jax.Array | None = None,
+    windows: Groups | None = None,
+    full_blocks: tuple[int, ...] = (),
 ) -> jax.Array:
     """Runs stacked blocks over [B, L, D]; groups' ids are 1..slots; key None: no dropout and no stochastic depth.
 
     rope: sine and cosine of `positions.rope`. Stochastic depth drops a branch for whole images, not for whole rows, at
-    a rate that grows linearly from 0 to cfg.stochastic_depth over the layers.
+    a rate that grows linearly from 0 to cfg.stochastic_depth over the layers. windows: what tokens see in all blocks
+    but the `full_blocks`.
     """
     graphdef, params = nnx.split(blocks)
     random = key is not None and (cfg.dropout > 0 or cfg.stochastic_depth > 0)
     keys = jax.random.split(key, cfg.depth) if random else None
     rates = jnp.linspace(0.0, cfg.stochastic_depth, cfg.depth)
 
-    def layer(x_BLD: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
+    def layer(seen: Groups, x_BLD: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
         params, key, rate = xs
 
         def branch(y_BLD: jax.Array, i: int) -> jax.Array:
@@ -187,18 +192,46 @@ def encode(
             return drop_images(y_BLD, groups.ids_BL, slots, rate, depth_key) if cfg.stochastic_depth else y_BLD
 
         x_BLD = sharding.constrain(x_BLD, "BLD")
-        return nnx.merge(graphdef, params)(x_BLD, groups, rope, branch), None
+        return nnx.merge(graphdef, params)(x_BLD, seen, rope, branch), None
 
-    if REMAT[cfg.remat] is not None:
-        layer = jax.checkpoint(layer, policy=REMAT[cfg.remat], prevent_cse=False)
-    return jax.lax.scan(layer, x_BLD, (params, keys, rates))[0]
+    def of_kind(full: bool) -> Callable:
+        one = partial(layer, groups if full else windows)
+        return one if REMAT[cfg.remat] is None else jax.checkpoint(one, policy=REMAT[cfg.remat], prevent_cse=False)
+
+    full = [windows is None or i in full_blocks for i in range(cfg.depth)]
+    return _scan_pattern(full, {kind: of_kind(kind) for kind in set(full)}, x_BLD, (params, keys, rates))
 
 
-def flops_encode(cfg: EncoderConfig, lengths: np.ndarray) -> float:
-    """Useful matrix FLOPs (a multiply-add is 2) of the blocks over groups of these many tokens."""
+def _scan_pattern(kinds: list, layers: dict, x_BLD: jax.Array, xs: Any) -> jax.Array:
+    """`layers[kinds[i]]` over layer i of the stacked xs, compiling a layer of the shortest repeated pattern's runs.
+
+    Every 8th block full and the others windows is a loop over a loop of seven layers and one layer.
+    """
+    depth = len(kinds)
+    period = next(p for p in range(1, depth + 1) if depth % p == 0 and kinds == kinds[:p] * (depth // p))
+    if period == 1:
+        return jax.lax.scan(layers[kinds[0]], x_BLD, xs)[0]
+
+    def pattern(x_BLD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        start = 0
+        for kind, run in itertools.groupby(kinds[:period]):
+            here = slice(start, start := start + len(list(run)))
+            x_BLD, _ = jax.lax.scan(layers[kind], x_BLD, jax.tree.map(lambda a, here=here: a[here], xs))
+        return x_BLD, None
+
+    by_period = jax.tree.map(lambda a: a.reshape(depth // period, period, *a.shape[1:]), xs)
+    return jax.lax.scan(pattern, x_BLD, by_period)[0]
+
+
+def flops_encode(cfg: EncoderConfig, lengths: np.ndarray, pairs: float | None = None) -> float:
+    """Useful matrix FLOPs (a multiply-add is 2) of the blocks over groups of these many tokens.
+
+    pairs: of a query and a key that it sees, over all blocks; None: every token sees its whole group in each.
+    """
     inner = cfg.heads * cfg.head_dim
     linear = 2 * cfg.width * (4 * inner + (3 if cfg.mlp == "swiglu" else 2) * cfg.mlp_dim)
-    return float(cfg.depth * (lengths.sum() * linear + 4 * inner * np.square(lengths).sum()))
+    pairs = cfg.depth * np.square(lengths).sum() if pairs is None else pairs
+    return float(cfg.depth * lengths.sum() * linear + 4 * inner * pairs)
 
 
 def drop_images(y_BLD: jax.Array, ids_BL: jax.Array, slots: int, rate: jax.Array, key: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from navit_jax import sharding
 
 KEPT = ("attended", "log_sum")  # what a backend names for its backward pass, where it is not a library's kernel
 log = logging.getLogger(__name__)
+PLANNED = ("slabs", "cudnn")  # those that need rows planned within a capacity
 BACKENDS = ("dense", "slabs", "tiles", "splash", "flash", "cudnn")
 
 
