@@ -1,0 +1,1 @@
+"""Recipes, a file each: what to train, on what, and for how long."""

@@ -16,6 +16,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """The recipe for `weights=PATH,SOURCE[,probe=true]`. Raises ValueError without weights."""
     weights, probe, source = _parse(arg)
     c = base.use_data(base.get_config(), source)
     c.name = "probe" if probe else "finetune"

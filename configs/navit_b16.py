@@ -14,4 +14,5 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """B/16 on the data that `arg` names; see `configs.base.navit`."""
     return base.navit("navit_b16", "B/16", arg, demo_steps=160, demo_lr=3e-4)

@@ -13,4 +13,5 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """B/32 on the data that `arg` names; see `configs.base.navit`."""
     return base.navit("navit_b32", "B/32", arg, demo_steps=160, demo_lr=3e-4)

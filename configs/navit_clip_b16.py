@@ -15,6 +15,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """Two towers on the images with texts that `arg` names; "": the embedded shapes."""
     c = base.get_config()
     c.name, c.objective, c.model.variant = "navit_clip_b16", "contrastive", "B/16"
     base.use_data(c, arg or "shapes")

@@ -14,6 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """The small towers on `shapes`, with "square" on squashed ones, or on the data that `arg` names."""
     c = base.get_config()
     c.name, c.objective = "navit_clip_quickstart", "contrastive"
     square = arg == "square"

@@ -13,4 +13,5 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """L/16 on the data that `arg` names; see `configs.base.navit`."""
     return base.navit("navit_l16", "L/16", arg, demo_steps=60, demo_lr=2e-4)

@@ -14,4 +14,5 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """S/16 on the data that `arg` names; see `configs.base.navit`."""
     return base.navit("navit_s16", "S/16", arg, demo_steps=400, demo_lr=6e-4)

@@ -14,6 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """This model on the embedded digits, or on the data that `arg` names."""
     c = base.navit("quickstart", "Ti/16", arg, demo_steps=1000, demo_lr=2e-3)
     if c.data.source in base.EMBEDDED:
         c.resolution.max_side = 64

@@ -14,6 +14,7 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """B/16 on squares, on the data that `arg` names; see `configs.base.navit`."""
     c = base.navit("vit_b16_square", "B/16", arg, demo_steps=160, demo_lr=3e-4)
     embedded = c.data.source in base.EMBEDDED
     side = 48 if embedded else 224

@@ -4,6 +4,7 @@ For commands that run on a trained model, which need none of a config's fields; 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,11 +21,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
 
     def error(self, message: str) -> NoReturn:
+        """What `argparse` calls for a mistake. Raises UserError."""
         raise UserError(f"{message}. --help lists the arguments.")
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """main(arguments). Exits with 2 behind one message on stderr for a UserError, 130 when interrupted."""
+    """main(arguments). Exits with 2 behind one message on stderr for a UserError, 130 when interrupted, and with 1 where
+    whoever reads the output, such as `head`, has left."""
     try:
         main(arguments)
     except UserError as error:
@@ -34,3 +37,6 @@ def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(1)

@@ -154,6 +154,7 @@ def to_text(value: object, where: str) -> str:
 
 
 def refuse_multi_label(multi_label: bool, kind: str) -> None:
+    """Raises UserError where sets of classes are asked of a source that has one class an image."""
     if multi_label:
         raise UserError(
             f"data.source={kind} has one class an image: data.multi_label needs tar, array_record, tfds or hf data "
@@ -170,4 +171,5 @@ def require(module: str, package: str, where: str) -> ModuleType:
 
 
 def log() -> logging.Logger:
+    """Of all sources, named input_pipeline.sources."""
     return logging.getLogger("input_pipeline.sources")

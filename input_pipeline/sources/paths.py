@@ -30,6 +30,7 @@ class File(NamedTuple):
 
 
 def is_remote(path: str) -> bool:
+    """Whether this is an address such as gs://... and not a local path."""
     return "://" in path
 
 
@@ -65,6 +66,7 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
+    """A local or remote file to read bytes from."""
     if is_remote(path):
         fs, inside = filesystem(path)
         return fs.open(inside, "rb")
@@ -146,6 +148,7 @@ def _remote_file(name: str, info: dict) -> File:
 
 
 def fingerprint(files: list[File]) -> str:
+    """Changes when one of the files does: its name, size or stamp."""
     return digest(*(f"{name}\t{size}\t{stamp}" for name, size, stamp in files))
 
 

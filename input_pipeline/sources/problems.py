@@ -23,6 +23,7 @@ class Problems:
         self.first: dict[str, list[str]] = {}
 
     def add(self, kind: str, what: str) -> None:
+        """One more of a kind; what: a name to list."""
         self.counts[kind] += 1
         first = self.first.setdefault(kind, [])
         if len(first) < LISTED:
@@ -30,6 +31,7 @@ class Problems:
 
     @classmethod
     def together(cls, parts: Iterable["Problems"]) -> "Problems":
+        """Those of several parts of a source, in their order."""
         found = cls()
         for part in parts:
             found.counts.update(part.counts)
@@ -38,16 +40,19 @@ class Problems:
         return found
 
     def to_json(self) -> str:
+        """As text, for other processes; `from_json` reads it."""
         return json.dumps([self.counts, self.first])
 
     @classmethod
     def from_json(cls, text: str) -> "Problems":
+        """What `to_json` wrote."""
         found = cls()
         counts, found.first = json.loads(text)
         found.counts.update(counts)
         return found
 
     def total(self) -> int:
+        """How many there are, of all kinds."""
         return self.counts.total()
 
     def lines(self) -> list[str]:

@@ -28,7 +28,8 @@ class Captions(Protocol):
     numbers: np.ndarray  # [N] int, equal for equal texts; -1: none
     lengths: np.ndarray  # [N] int, tokens; 0: none
 
-    def ids(self, i: int) -> np.ndarray: ...
+    def ids(self, i: int) -> np.ndarray:
+        """The token ids of example i, [lengths[i]] int32."""
 
 
 def ranks(

@@ -58,10 +58,12 @@ class Op:
         return [b for name, b in self.called.items() if name.startswith("branch") or name.endswith("_computation")]
 
     def number(self, attribute: str) -> int | None:
+        """The whole number of an attribute, `name=3`; None without it."""
         found = re.search(rf"\b{attribute}=(-?\d+)", self.rest)
         return int(found[1]) if found else None
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
+        """The numbers of an attribute, `name={0,1}`; () without it."""
         found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.rest)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
@@ -78,6 +80,7 @@ class Program:
     devices: int
 
     def root(self, computation: str) -> Op:
+        """The instruction whose result is the computation's."""
         return next(op for op in self.computations[computation].values() if op.root)
 
     def operands(self, computation: str, op: Op) -> list[Op]:
@@ -85,6 +88,7 @@ class Program:
         return [self.computations[computation][name] for name in op.inputs]
 
     def parameters(self, computation: str) -> list[Op]:
+        """A computation's parameters in the order of their numbers."""
         found = [op for op in self.computations[computation].values() if op.opcode == "parameter"]
         return sorted(found, key=lambda op: int(op.literal))
 
