@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """main(arguments). Exits with 2 behind one message on stderr for a UserError, 130 when interrupted, and with 1 where
+    """main(arguments). Exits with 2 behind one message on stderr for a UserError, 130 when interrupted, and 1 where
     whoever reads the output, such as `head`, has left."""
     try:
         main(arguments)
