@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from helpers import fast_jit
 
 from input_pipeline.packed import Packed
 from input_pipeline.patches import patchify
@@ -85,7 +86,7 @@ def outputs(weights, row):
     graph, shapes = navit.abstract(dataclasses.replace(cfg, dtype="float32"))
     jax.tree.map(lambda s, x: np.testing.assert_equal(x.shape, s.shape), shapes, params)
 
-    @jax.jit
+    @fast_jit
     def run(params, row):
         model = navit.merge(graph, params)
         logits_BKC, extra = model(row)

@@ -6,6 +6,7 @@ itself, without a mask, where ours has five of different sizes in a row.
 """
 
 import json
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -136,30 +137,39 @@ class Text(nn.Module):
         return nn.Dense(EMBED, name="head")(x)
 
 
-class TwoTowers(nn.Module):
-    scan: bool = False
-    head: bool = False
-    text_pool: str = "last"
+class TwoTowers(NamedTuple):
+    """Two models under img and txt, beside a scale and a bias."""
 
-    @nn.compact
-    def __call__(self, image, ids):
-        out = Vit(scan=self.scan, classes=EMBED * self.head, name="img")(image)
-        text = Text(self.scan, self.text_pool, name="txt")(ids)
-        self.param("t", nn.initializers.constant(np.log(7.0)), (1,))
-        self.param("b", nn.initializers.constant(-3.0), (1,))
-        return *out, text[0]
+    image: Vit
+    text: Text
 
 
 def saved(model, path, *inputs, prefix="", dtype=np.float32):
-    """The model on random parameters, which are saved flat; no bias is 0 and no scale is 1."""
-    rng = np.random.default_rng(3)
-    flat = flatten_dict(jax.jit(model.init)(jax.random.key(1), *inputs)["params"], sep="/")
+    """Random parameters for the model, which are saved flat, too; no bias is 0 and no scale is 1."""
+    rng, flat = np.random.default_rng(3), names_of(model, *inputs)
+    spread = {"kernel": 0.15, "bias": 0.2, "scale": 0.2, "pos_embedding": 0.5}
     for name, x in flat.items():
-        draw = 0.2 * rng.normal(size=x.shape) if name.endswith(("scale", "bias")) else 0
-        flat[name] = np.asarray(x + draw, np.float32).astype(dtype)
+        draw = rng.normal(0, spread.get(name.split("/")[-1], 1.0), x.shape) + name.endswith("scale")
+        flat[name] = draw.astype(np.float32).astype(dtype)
     np.savez(path, **{prefix + name: x for name, x in flat.items()})
-    params = unflatten_dict({name: jnp.asarray(x, jnp.float32) for name, x in flat.items()}, sep="/")
-    return flat, fast_jit(lambda *x: model.apply({"params": params}, *x))
+    return unflatten_dict({name: jnp.asarray(x, jnp.float32) for name, x in flat.items()}, sep="/")
+
+
+def names_of(model, *inputs):
+    """The arrays of a model, zeros all."""
+    if isinstance(model, TwoTowers):
+        towers = {
+            f"{name}/{n}": x for name, m, i in zip(("img", "txt"), model, inputs) for n, x in names_of(m, i).items()
+        }
+        return towers | {name: np.zeros(1, np.float32) for name in "tb"}
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return {name: np.zeros(x.shape, np.float32) for name, x in flatten_dict(shapes, sep="/").items()}
+
+
+def alone(model, params, inputs):
+    """What the model makes of each input by itself."""
+    run = fast_jit(lambda x: model.apply({"params": params}, x))
+    return [run(x) for x in inputs]
 
 
 def pixels(image):
@@ -173,17 +183,14 @@ def five():
 
 FIRST = jnp.zeros((1, SIDE * PATCH, SIDE * PATCH, 3))
 VITS = {
-    "naflex": (Vit(), {}),
-    "naflex, stacked": (
+    "naflex, stacked, gap": (
         Vit(scan=True, patch_norms=("pre", "post"), pool="gap", classes=5),
         dict(prefix="params/", dtype=ml_dtypes.bfloat16),
     ),
-    "naflex, one norm": (Vit(patch_norms=("post",), pre_logits=24, classes=5), {}),
-    "plain, map": (Vit("plain", classes=5), dict(prefix="params/")),
-    "plain, gap": (Vit("plain", "gap", pre_logits=WIDTH, classes=5), {}),
-    "plain, tok": (Vit("plain", "tok", scan=True, classes=5), {}),
+    "plain, map": (Vit("plain", pre_logits=24, classes=5), dict(prefix="params/")),
+    "plain, tok": (Vit("plain", "tok", scan=True), {}),
     "first paper": (Vit("first_paper", "tok", pre_logits=WIDTH, classes=5), {}),
-    "sincos": (Vit("sincos", "gap", classes=5), {}),
+    "sincos, gap": (Vit("sincos", "gap", scan=True, classes=5), {}),
 }
 
 
@@ -191,20 +198,22 @@ VITS = {
 @pytest.mark.parametrize("case", VITS)
 def test_an_image_tower_gives_the_tokens_vectors_and_logits_of_each_image_alone(case, tmp_path):
     model, how = VITS[case]
-    flat, run = saved(model, tmp_path / "vit.npz", FIRST, **how)
+    params = saved(model, tmp_path / "vit.npz", FIRST, **how)
     images, row = five()
     found = weights.read(tmp_path / "vit.npz")
-    ours = parity.outputs(found, row)
-    theirs = list(zip(*(run(pixels(image)) for image in images)))
-    for mine, other in zip(ours, theirs, strict=True):
+    theirs = zip(*alone(model, params, map(pixels, images)))
+    for mine, other in zip(parity.outputs(found, row), theirs, strict=True):
         parity.assert_close(mine, other)
     assert weights.config_of(tmp_path / "vit.npz") == found.cfg
     assert "big_vision" in found.source
 
 
 TOWERS = {
-    "a file a layer": (TwoTowers(), {}),
-    "stacked": (TwoTowers(True, True, "map"), dict(prefix="params/", dtype=ml_dtypes.bfloat16)),
+    "a file a layer": (TwoTowers(Vit(patch_norms=("post",)), Text()), {}),
+    "stacked": (
+        TwoTowers(Vit(scan=True, classes=EMBED), Text(True, "map")),
+        dict(prefix="params/", dtype=ml_dtypes.bfloat16),
+    ),
 }
 
 
@@ -213,37 +222,41 @@ TOWERS = {
 def test_two_towers_give_the_vectors_of_images_and_texts_and_their_scale(case, tmp_path):
     model, how = TOWERS[case]
     images, row = five()
-    ids = np.random.default_rng(1).integers(0, VOCABULARY, (3, 1, TOKENS))
-    flat, run = saved(model, tmp_path / "towers.npz", FIRST, jnp.asarray(ids[0]), **how)
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (3, 1, TOKENS)).astype(np.int32)
+    params = saved(model, tmp_path / "towers.npz", FIRST, ids[0], **how)
     (tmp_path / "config.json").write_text(json.dumps({"tokenizer": "bytes", "pad": 3}))
     found = weights.read(tmp_path / "towers.npz")
-    assert (found.tokenizer, found.cfg.text.pad, found.cfg.project_image) == ("bytes", 3, model.head)
-    outs = [run(pixels(image), jnp.asarray(ids[0])) for image in images]
-    ours = parity.outputs(found, row)
-    parity.assert_close(ours.tokens, [out[0] for out in outs])
-    parity.assert_close(ours.pooled, [out[1] for out in outs])
-    two = navit.merge(contrastive.abstract(found.cfg)[0], jax.tree.map(jnp.asarray, found.params))
-    unit = [np.asarray(out[2]) / np.linalg.norm(out[2]) for out in outs]
-    np.testing.assert_allclose(np.asarray(two.encode_images(row))[0, : len(unit)], unit, atol=1e-4)
-    place = np.tile(np.stack([0 * np.arange(TOKENS)] * 2 + [np.arange(TOKENS)], 1), (3, 1)).astype(np.int32)
-    texts = Packed(
-        ids.reshape(1, -1).astype(np.int32),
-        np.repeat(np.arange(1, 4), TOKENS)[None].astype(np.int32),
-        place[None],
-        np.full((1, 3, 3), (1, 1, TOKENS), np.int32),
-    )
-    alone = [np.asarray(run(FIRST, jnp.asarray(x))[3]) for x in ids]
-    np.testing.assert_allclose(
-        np.asarray(two.encode_texts(texts))[0], [z / np.linalg.norm(z) for z in alone], atol=1e-4
-    )
-    np.testing.assert_allclose(two.scale(), 7.0, rtol=5e-3 if how else 1e-6)
-    np.testing.assert_allclose(two.bias(), flat["b"][0], rtol=1e-6)
+    assert (found.tokenizer, found.cfg.text.pad, found.cfg.project_image) == ("bytes", 3, model.image.classes > 0)
+    tokens, pooled, vectors = zip(*alone(model.image, params["img"], map(pixels, images)))
+    graph = contrastive.abstract(found.cfg)[0]
+    texts = texts_in_a_row(ids)
+
+    @fast_jit
+    def both(params):
+        towers = navit.merge(graph, params)
+        encoded = towers.encode_images(row), towers.encode_texts(texts), towers.scale(), towers.bias()
+        return towers.image.tokens(row), towers.image(row)[1]["pooled"][0], *encoded
+
+    tokens_BLD, pooled_KD, images_BKE, texts_BME, scale, bias = map(np.asarray, both(found.params))
+    parity.assert_close(parity.tokens_of(tokens_BLD, row), tokens)
+    parity.assert_close(pooled_KD[: len(images)], pooled)
+    np.testing.assert_allclose(images_BKE[0, : len(images)], [unit(z) for z in vectors], atol=1e-4)
+    theirs = [unit(z[0]) for z in alone(model.text, params["txt"], ids)]
+    np.testing.assert_allclose(texts_BME[0], theirs, atol=1e-4)
+    np.testing.assert_allclose((scale, bias), (np.exp(params["t"][0]), params["b"][0]), rtol=1e-6)
 
 
-def names_of(model, *inputs):
-    """The arrays of a model, zeros all."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return {name: np.zeros(x.shape, np.float32) for name, x in flatten_dict(shapes, sep="/").items()}
+def unit(z):
+    return np.asarray(z) / np.linalg.norm(z)
+
+
+def texts_in_a_row(ids):
+    """One row with each of the texts [n, 1, TOKENS]."""
+    n = len(ids)
+    place = np.tile(np.arange(TOKENS, dtype=np.int32), n)
+    coords, numbers = np.stack([0 * place, 0 * place, place], axis=1), np.repeat(np.arange(1, n + 1), TOKENS)
+    grids = np.full((1, n, 3), (1, 1, TOKENS), np.int32)
+    return Packed(ids.reshape(1, -1), numbers[None].astype(np.int32), coords[None], grids)
 
 
 def test_heads_patches_grid_and_pooling_are_seen_from_the_shapes(tmp_path):
@@ -256,7 +269,7 @@ def test_heads_patches_grid_and_pooling_are_seen_from_the_shapes(tmp_path):
 
 
 def test_texts_are_filled_up_as_the_vocabulary_says(tmp_path):
-    arrays = names_of(TwoTowers(), FIRST, jnp.zeros((1, TOKENS), int))
+    arrays = names_of(TwoTowers(Vit(), Text()), FIRST, jnp.zeros((1, TOKENS), int))
     np.savez(tmp_path / "towers.npz", **arrays)
     assert weights.config_of(tmp_path / "towers.npz").text.pad == 1
     arrays["txt/Embed_0/embedding"] = np.broadcast_to(np.float32(0), (256_000, TEXT["width"]))
