@@ -11,13 +11,14 @@ EMBEDDED = ("digits", "shapes", "photos")  # sources that need no download
 
 
 def data() -> ConfigDict:
+    """Where images come from, how they are read, and how many of them may be unusable."""
     c = ConfigDict()
     c.source = "digits"  # digits | shapes | photos | folder=PATH | tfds=NAME | array_record=GLOB | tar=GLOB | hf=PATH
     c.eval_source = ""  # the held-out images, same syntax; "": the source's own held-out split
     c.train_split = "train"  # as the source names it (TFDS also takes slices)
-    c.eval_split = "validation"
+    c.eval_split = "validation"  # validation, val and valid mean the same, and fall back to test
     c.image_field = "image"  # where TFDS, ArrayRecord and Hugging Face records keep the image
-    c.label_field = "label"
+    c.label_field = "label"  # where they keep the class; "": no classes
     c.text_field = ""  # where records keep the text; "": text or caption
     c.multi_label = False  # targets are sets of classes: loss.kind must be sigmoid
     c.channels = 3  # 1, 3 or N
@@ -33,6 +34,7 @@ def data() -> ConfigDict:
 
 
 def packing() -> ConfigDict:
+    """How images share rows: B rows of L tokens and K slots a step."""
     c = ConfigDict()
     c.row_length = 256  # L, tokens a row: the smallest that holds the largest image is the fastest
     c.rows_per_step = 8  # B, over all devices
@@ -44,19 +46,21 @@ def packing() -> ConfigDict:
 
 
 def resolution() -> ConfigDict:
+    """The size that each image is given in training, drawn anew each epoch; the image's aspect stays."""
     c = ConfigDict()
     c.distribution = "uniform"  # uniform | truncated_normal
     c.on = "side"  # side | area: what is drawn, for the square of equal area
     c.min_side = 64  # pixels
-    c.max_side = 256
+    c.max_side = 256  # pixels
     c.mean = -0.5  # truncated_normal, on [-1, 1] mapped to [min, max]
-    c.std = 1.0
+    c.std = 1.0  # truncated_normal, on [-1, 1]
     return c
 
 
 def drop() -> ConfigDict:
+    """How many of an image's tokens are left out in training. Evaluation drops none."""
     c = ConfigDict()
-    c.kind = "beta"  # none | constant | beta | resolution | scheduled; never in evaluation
+    c.kind = "beta"  # none | constant | beta | resolution (longer: more) | scheduled (over the run)
     c.rate = 0.5  # constant
     c.mean_rate = 0.4  # beta: d_mean, rates in [0, max_rate]
     c.max_rate = 0.9  # beta, and the longest sequence under 'resolution'
@@ -68,6 +72,7 @@ def drop() -> ConfigDict:
 
 
 def augment() -> ConfigDict:
+    """Changes of the pixels in training; the paper has none, small data needs some."""
     c = ConfigDict()
     c.flip = False  # left-right, half of the images
     c.crop_min_area = 1.0  # random crop keeps this share of the area or more; 1: no crop
@@ -80,6 +85,7 @@ def augment() -> ConfigDict:
 
 
 def model() -> ConfigDict:
+    """The image tower; the paper's model where nothing is said."""
     c = ConfigDict()
     c.variant = "B/16"  # Ti S B L So400m g, slash, patch size
     c.like = ""  # weights (a path or hub name) whose architecture decides the fields below; "": these fields do
@@ -94,16 +100,16 @@ def model() -> ConfigDict:
     c.posemb_grid = (16, 16)  # rows and columns of the table
     c.posemb_resize = "bilinear"  # bilinear (antialiased), linear | bicubic, bicubic_antialias: of table and resized
     c.posemb_square = False  # resize for the square of the longer side, and cut
-    c.rope_base = 10_000.0
+    c.rope_base = 10_000.0  # of its wavelengths, in patches
     c.rope_axes = "same"  # same | alternate: frequencies of y and x
     c.norm = "layer"  # layer | rms
-    c.norm_eps = 1e-6
+    c.norm_eps = 1e-6  # added to the variance
     c.norm_tokens = True  # the last norm, before pooling
     c.norm_pooled = False  # a norm behind pooling
     c.embed_norm = "none"  # none | after, both (the embedded patch, and its pixels) | entry (what enters the blocks)
     c.mlp = "gelu_tanh"  # gelu_tanh | gelu | quick_gelu | swiglu
     c.layer_scale = 0.0  # first value of a learned factor of each branch; 0: none
-    c.qk_norm = True
+    c.qk_norm = True  # queries and keys are normalised, as in ViT-22B
     c.qk_rms = False  # queries and keys by root mean square, with a scale for each head
     c.bias = False  # biases in dense layers and norms; the paper has none
     c.pool = "map"  # map (attention pooling) | mean | first (register: a class token) | query (vit-pytorch's)
@@ -113,7 +119,7 @@ def model() -> ConfigDict:
     c.merge = 0  # width of the tokens that 2x2 patches are merged into; 0: none. pool must be mean
     c.pre_logits = 0  # width of a tanh layer before the head; 0: none
     c.mean, c.std = (0.5,), (0.5,)  # of pixels in [0, 1], one number or one a channel
-    c.dropout = 0.0
+    c.dropout = 0.0  # share of the numbers of the embedding and of each branch that become 0 in training
     c.stochastic_depth = 0.0  # of the last layer, linear from 0
     c.remat = "light"  # none | light (norms and GELU) | dots | full: what the backward pass recomputes
     c.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on a CPU
@@ -122,7 +128,8 @@ def model() -> ConfigDict:
 
 
 def text() -> ConfigDict:
-    c = ConfigDict()  # of a contrastive run
+    """Texts and their tower, of a contrastive run."""
+    c = ConfigDict()
     c.tokenizer = "bytes"  # bytes | the path of a Hugging Face tokenizer.json or of a SentencePiece *.model
     c.max_tokens = 64  # longer texts are cut, and counted
     c.lower = True  # texts in lower case
@@ -136,6 +143,7 @@ def text() -> ConfigDict:
 
 
 def contrastive() -> ConfigDict:
+    """The common space of images and texts, and the loss on it."""
     c = ConfigDict()
     c.loss = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
     c.embed_dim = 512  # of the common space
@@ -150,14 +158,15 @@ def contrastive() -> ConfigDict:
 
 
 def optim() -> ConfigDict:
+    """The optimizer, its schedule, and rules on what it does to which parameter."""
     c = ConfigDict()
     c.name = "adamw"  # adamw | adafactor
-    c.lr = 8e-4
+    c.lr = 8e-4  # the highest, before multipliers
     c.schedule = "rsqrt"  # rsqrt | cosine | linear | constant
-    c.warmup_steps = 0
+    c.warmup_steps = 0  # linear from 0
     c.cooldown_steps = 0  # rsqrt and constant: linear to 0 at the end
-    c.rsqrt_timescale_steps = 10_000
-    c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8
+    c.rsqrt_timescale_steps = 10_000  # rsqrt: lr / sqrt(1 + t / timescale)
+    c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8  # of Adam; b1 and the cap b2 of Adafactor
     c.weight_decay = (("^head/", 3.0), (".*kernel$", 0.03))  # rules; multiplied by the learning rate; no match: 0
     c.lr_multipliers = ()  # rules; no match: 1
     c.layer_decay = 1.0  # below 1: each layer learns by this factor slower than the one behind it (0.75); fine-tuning
@@ -169,7 +178,8 @@ def optim() -> ConfigDict:
 
 
 def mesh() -> ConfigDict:
-    c = ConfigDict()  # sizes of the axes; their product is the number of devices, -1 is what is left of it
+    """Sizes of the mesh's axes; their product is the number of devices, -1 is what is left of it."""
+    c = ConfigDict()
     c.data = -1  # rows are split, parameters are copied
     c.fsdp = 1  # rows are split, and parameters, moments and average too; gathered layer by layer
     c.tensor = 1  # heads and MLP are split; the same rows
@@ -177,6 +187,7 @@ def mesh() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
+    """What is measured on held-out images, and at how many tokens each."""
     c = ConfigDict()
     c.token_budgets = (64, 128, 256)  # each image is resized to at most this many tokens
     c.rows_per_step = 0  # 0: as in training
@@ -188,11 +199,12 @@ def evaluation() -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
+    """Every field with its default."""
     c = ConfigDict()
     c.name = "navit"  # of the run's folder
-    c.seed = 0
+    c.seed = 0  # of parameters, order, sizes, dropping and augmentation
     c.total_steps, c.total_examples, c.total_epochs = 0, 0, 0.0  # the first that is not 0 decides
-    c.log_every_steps = 10
+    c.log_every_steps = 10  # lines of metrics.jsonl
     c.eval_every_steps = 0  # 0: at the end only
     c.checkpoint_every_steps = 1000  # 0: at the end only
     c.keep_checkpoints = 2  # the last ones, and the best besides

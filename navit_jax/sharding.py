@@ -87,6 +87,7 @@ def check_rows(mesh: Mesh, count: int, field: str = "packing.rows_per_step", par
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Arrays that lie whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
