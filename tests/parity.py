@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from helpers import fast_jit
 
+from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from input_pipeline.patches import patchify
-from navit_jax import contrastive, navit
+from navit_jax import contrastive, navit, weights
 
 GRIDS = ((4, 6), (8, 3), (5, 5), (2, 9), (7, 10))  # rows, columns: five sizes, also after rounding up to 2 or 4
 PADDING = 7  # tokens at the row's end
@@ -123,3 +124,18 @@ def assert_close(ours, theirs, atol=1e-4):
         assert 0.03 < y.std() < 30, f"image {k}: of a std of {y.std()}, which tests nothing"
     first = [y.reshape(-1)[: theirs[0].shape[-1]] for y in theirs]
     assert all(np.abs(first[0] - y).max() > 20 * atol for y in first[1:]), "all images give the same: nothing is tested"
+
+
+def same(a, b):
+    """Whether two trees of arrays are equal bit by bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def refused(path, *said):
+    """What the UserError says that `weights.read` raises; it says all of `said`."""
+    with pytest.raises(UserError) as error:
+        weights.read(path)
+    for part in said:
+        assert part in str(error.value), str(error.value)
+    return str(error.value)
