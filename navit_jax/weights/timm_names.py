@@ -78,6 +78,12 @@ def options(config: Mapping, path: Path) -> dict:
     name = str(config.get("architecture") or _name_of(path)).partition(".")[0]
     known = {*TOLD, *USED, *FIXED}
     given = {key: config[key] for key in known & set(config)} | dict(config.get("model_args") or {})
+    if not name and not given:
+        raise UserError(
+            f"{path}: no shape tells heads, activation or how positions are resized; write a config.json beside it, as "
+            'timm does: {"architecture": "vit_base_patch16_224", ...}, or {"num_heads": 12, "act_layer": "gelu", ...}: '
+            "what is not given there is as VisionTransformer or NaFlexVit have it"
+        )
     for key, value in given.items():
         if key not in known or (key in FIXED and value not in FIXED[key]):
             fixed = f"only {key}={FIXED[key][0]!r} is" if key in FIXED else "this option is not"

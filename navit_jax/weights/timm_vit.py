@@ -32,7 +32,9 @@ def recognises(names: Mapping[str, tuple], config: Mapping) -> bool:
         {"embeds.proj.weight", "patch_embed.proj.weight"},
         {"blocks.0.norm1.weight", "blocks.0.mlp.fc2.weight"},
     )
-    return bool(proj & set(names)) and needed <= set(names) and "model_type" not in config
+    if not proj & set(names) or not needed <= set(names) or "model_type" in config:
+        return False
+    return len(names["blocks.0.mlp.fc2.weight"]) == 2
 
 
 def read(tensors: Tensors) -> Weights:
@@ -129,8 +131,7 @@ def _heads(tensors: Tensors, found: dict) -> int:
     heads = int(found["num_heads"] or (width // norm[0] if norm else 0))
     if not heads:
         raise UserError(
-            f"{tensors.path}: no shape tells how many heads it has; write a config.json beside it, as timm does: "
-            '{"architecture": "vit_base_patch16_224", ...}, or "model_args": {"num_heads": ..., "act_layer": "gelu"}'
+            f'{tensors.path}: no shape tells its heads; write "num_heads" or "architecture" into config.json'
         )
     if width % heads:
         raise UserError(f"{tensors.path}: num_heads is {heads}, which does not divide the width {width}")
