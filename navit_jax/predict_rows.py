@@ -1,7 +1,7 @@
 """Images of any sizes in a few static shapes: which lie in one row, the arrays of a step, the answers in order.
 
 A row is as long as the largest image may be, so one image alone costs no more than itself, and mixed sizes still fill
-it (1.5 % padding of 16-1024 tokens in rows of 1024, 2 % where all are enlarged to one budget). A step has B rows of
+it (4 % padding of 64-1024 tokens in rows of 1024, 2 % where all are enlarged to a budget of 256). A step has B rows of
 about STEP_TOKENS tokens in all, or one, for few images and for what a full step leaves: two programs to compile. No
 `Capacity` is promised: it would be another for other images, and so another program; on a CPU the tiles that long rows
 then take are as fast as slabs (276 and 278 us a token; width 384, 4 layers, 4 rows of 1024, images of 64-1024 tokens).
@@ -22,7 +22,7 @@ from navit_jax.predict_images import Tokens, Unreadable
 STEP_TOKENS = {"cpu": 4096, "": 32768}  # "": elsewhere; more is no faster on two cores
 ALONE = {"cpu": 2, "": 16}  # where at most this part of a full step is left, rows run one by one
 SHORTEST_ROW = 128
-AHEAD = 8  # steps of images that are looked at to plan; half of them are then run, as the last rows are the worst
+AHEAD = 16  # steps of images that are looked at to plan; half are then run, as the last rows are the worst filled
 
 
 class Shape(NamedTuple):
