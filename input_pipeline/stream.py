@@ -109,9 +109,9 @@ def match_classes(train: Images, held_out: Images) -> Images:
 
 
 def patch_size(config: ConfigDict) -> int:
-    """Pixels a patch side, from `model.variant`."""
+    """Pixels a patch side, of `model.patch_size` or, where that is 0, of `model.variant`."""
     try:
-        size = int(config.model.variant.split("/")[1])
+        size = config.model.patch_size or int(config.model.variant.split("/")[1])
         if size > 0:
             return size
     except (IndexError, ValueError):

@@ -224,3 +224,12 @@ def test_a_row_too_short_for_an_image_is_refused():
     config.packing.row_length = 20
     with pytest.raises(UserError, match="row_length=36"):
         make_stream(config, MemorySource())
+
+
+def test_patches_are_the_models():
+    """Of the variant, unless the model sets their size itself."""
+    config = base.get_config()
+    config.model.variant = "Ti/14"
+    assert stream.patch_size(config) == 14
+    config.model.patch_size = 6
+    assert stream.patch_size(config) == 6
