@@ -9,7 +9,7 @@ from siglip_models import PATCH, build, check_tower, load, run, same, some_image
 
 from input_pipeline.errors import UserError
 from navit_jax import weights
-from navit_jax.weights import siglip
+from navit_jax.weights import dinov3, siglip, siglip_names
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +83,22 @@ def test_what_cannot_be_imported_is_said(change, words, tmp_path):
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=words):
         weights.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (siglip_names.VISION, "Siglip2VisionConfig"),
+        (siglip_names.VISION, "SiglipVisionConfig"),
+        (siglip_names.TEXT, "Siglip2TextConfig"),
+        (siglip_names.TEXT, "SiglipTextConfig"),
+        (dinov3.DEFAULTS, "DINOv3ViTConfig"),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_takes(ours, theirs):
+    """Configs on the hub hold what differs from these."""
+    theirs = getattr(parity.library("transformers"), theirs)().to_dict()
+    missing = {name for name in ours if name not in theirs}
+    assert missing <= {"num_patches", "image_size", "vision_use_head"}  # of one of the two
+    wanted = {name: theirs[name] for name in ours if name in theirs}
+    assert {name: ours[name] for name in wanted} | {"projection_size": 768} == wanted | {"projection_size": 768}
