@@ -16,6 +16,7 @@ INK, MUTED, BAR, BEST, PAPER = "#1f2933", "#6b7785", "#c9d6ea", "#3b7dd8", "#f3f
 WIDTH, MARGIN, SCALE = 1200, 40, 1.6  # units; a unit is SCALE pixels
 COLUMNS, GAP, TOP = 4, 26, 84  # images a line, between images, above the first line
 HEAD, NOTE, LINE = 24, 24, 20  # heights of an image's name, its note, and a class
+LETTER = 8.8  # width of one of a name, in bold
 MAP = "inferno"
 
 
@@ -41,12 +42,12 @@ def draw(images: Sequence[Shown], title: str, subtitle: str) -> Figure:
     figure = Figure(dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.text(MARGIN, 32, title, fontsize=15, weight="bold", color=INK, va="center")
+    axes.text(MARGIN, 32, _end(title, 76), fontsize=15, weight="bold", color=INK, va="center")
     axes.text(MARGIN, 58, subtitle, fontsize=10, color=MUTED, va="center")
     top = float(TOP)
     for first in range(0, len(images), columns):
         line = images[first : first + columns]
-        tall = max(_size(image, side, wide)[0] for image in line)
+        tall = max(_size(image, side, wide)[0] + _words(image, side) for image in line)
         for i, image in enumerate(line):
             _one(axes, image, MARGIN + i * (side + GAP), top, side, wide, tall)
         top += HEAD + tall + NOTE + LINE * max(len(image.labels) for image in line) + GAP
@@ -55,19 +56,23 @@ def draw(images: Sequence[Shown], title: str, subtitle: str) -> Figure:
     return figure
 
 
+def _words(image: Shown, side: float) -> float:
+    """Height of the reason below a picture that is not there."""
+    return 0 if image.pixels is not None else 12 * (1 + _wrapped(image.note, int(side / LETTER)).count("\n"))
+
+
 def _size(image: Shown, side: float, wide: int) -> tuple[float, float]:
     """Height and width of the picture in units, at its aspect within a square; of one that is not there, a strip."""
     room = (side - 8 * (wide - 1)) / wide
     if image.pixels is None:
-        return 0.4 * room, side
+        return 40.0, side
     height, width = image.pixels.shape[:2]
     return height * room / max(height, width), width * room / max(height, width)
 
 
 def _one(axes: Axes, image: Shown, left: float, top: float, side: float, wide: int, tall: float) -> None:
-    letters, (height, width) = int(side / 6.6), _size(image, side, wide)
-    name = image.name if len(image.name) <= letters else f"…{image.name[1 - letters :]}"
-    axes.text(left, top + 10, name, fontsize=9, weight="bold", color=INK, va="center")
+    letters, (height, width) = int(side / LETTER), _size(image, side, wide)
+    axes.text(left, top + 10, _end(image.name, letters), fontsize=9, weight="bold", color=INK, va="center")
     top += HEAD
     if image.pixels is None:
         axes.add_patch(Rectangle((left, top), width, height, facecolor=PAPER, hatch="///", edgecolor="#d5dae0", lw=0))
@@ -83,7 +88,7 @@ def _one(axes: Axes, image: Shown, left: float, top: float, side: float, wide: i
         axes.barh(at, side, left=left, height=LINE - 4, color=PAPER)
         axes.barh(at, side * share, left=left, height=LINE - 4, color=BAR)
         axes.barh(at, 3, left=left, height=LINE - 4, color=BEST if i == 0 else BAR)
-        text = label if len(label) <= letters - 9 else f"{label[: letters - 10]}…"
+        text = label if len(label) <= letters - 8 else f"{label[: letters - 9]}…"
         weight = "bold" if i == 0 else "normal"
         axes.text(left + 9, at, text, fontsize=8.5, color=INK, va="center", weight=weight)
         axes.text(left + side - 5, at, f"{100 * share:.1f} %", fontsize=8.5, color=INK, va="center", ha="right")
@@ -112,6 +117,10 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     colours = 255 * colormaps[MAP](levels)[:, :, :3]
     opacity = 0.35 + 0.4 * levels[:, :, None]
     return np.rint((1 - opacity) * grey + opacity * colours).astype(np.uint8)
+
+
+def _end(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"…{text[1 - letters :]}"
 
 
 def _wrapped(text: str, letters: int) -> str:
