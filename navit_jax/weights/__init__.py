@@ -1,8 +1,11 @@
-"""Weights from elsewhere, and ours for elsewhere: a file a format, recognised by the names of its tensors."""
+"""Weights from elsewhere, and ours for elsewhere; each format is a module here, known by its tensors' names.
 
-import importlib
-import importlib.util
-from collections.abc import Iterator
+A format has NAME, what people call it; recognises(names, config), whether these tensors, name -> shape, and the
+config.json beside them are of it; read(tensors), which makes a `Weights` and leaves no tensor unaccounted for; and
+write(weights, folder), where there is a way back. An option that it does not implement it refuses by name and value: a
+silently different model is the one thing that an import must not give.
+"""
+
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -14,8 +17,6 @@ from navit_jax import checkpoint, checkpoint_files
 from navit_jax.contrastive import TwoTowersConfig
 from navit_jax.navit import NaViTConfig
 from navit_jax.weights import hub, reader
-
-FORMATS = ("ours", "siglip", "big_vision", "dinov3", "timm_vit", "vit_pytorch", "monai_navit", "pixtral", "qwen_vl")
 
 
 class Weights(NamedTuple):
@@ -32,10 +33,21 @@ class Weights(NamedTuple):
     source: str = ""
 
 
-def formats() -> Iterator[ModuleType]:
-    """The modules of FORMATS, each imported when it is reached."""
-    names = [f"{__name__}.{name}" for name in FORMATS]
-    return (importlib.import_module(name) for name in names if importlib.util.find_spec(name))
+def formats() -> tuple[ModuleType, ...]:
+    """The modules of the formats, in the order in which they are asked; imported here, because they import this one."""
+    from navit_jax.weights import (
+        big_vision,
+        dinov3,
+        monai_navit,
+        ours,
+        pixtral,
+        qwen_vl,
+        siglip,
+        timm_vit,
+        vit_pytorch,
+    )
+
+    return (ours, siglip, big_vision, dinov3, pixtral, qwen_vl, timm_vit, vit_pytorch, monai_navit)
 
 
 def read(path: str | Path) -> Weights:

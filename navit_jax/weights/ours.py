@@ -49,8 +49,11 @@ def read(tensors: Tensors) -> Weights:
     return Weights(cfg, params, tuple(config.get("classes", ())), str(beside) if beside.is_file() else tokenizer)
 
 
-def write(weights: Weights, folder: str | Path) -> None:
-    """model.safetensors and config.json, and the tokenizer's file where it has one. Raises UserError if it cannot."""
+def write(weights: Weights, folder: str | Path) -> Path:
+    """Write model.safetensors, config.json and the tokenizer's file where there is one; returns the folder.
+
+    Raises UserError where it cannot be written to.
+    """
     folder = Path(folder).expanduser()
     about = {"format": NAME, **to_json(weights.cfg), "classes": list(weights.classes), "source": weights.source}
     tokenizer = Path(weights.tokenizer).expanduser()
@@ -63,6 +66,7 @@ def write(weights: Weights, folder: str | Path) -> None:
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"The model could not be written to {folder}: {error}. Name a folder with room.") from error
+    return folder
 
 
 def to_json(cfg: navit.NaViTConfig | contrastive.TwoTowersConfig) -> dict:
