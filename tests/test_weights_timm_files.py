@@ -137,6 +137,15 @@ def test_a_bare_file_is_told_by_its_name_or_says_what_to_write(tmp_path):
     assert (cfg.heads, cfg.mlp, cfg.pool, cfg.posemb_resize, cfg.mean) == (4, "gelu_tanh", "map", "bilinear", (0.5,))
 
 
+def test_an_older_config_says_it_all_in_one_place(tmp_path):
+    def flat(config, arrays):
+        config.update(config.pop("pretrained_cfg"))
+        config["labels"] = config.pop("label_names")
+
+    back = weights.read(changed(tmp_path, flat))
+    assert (back.cfg.mean, back.cfg.std, back.classes) == (MEAN, STD, tuple("abcde"))
+
+
 def test_a_plain_vit_must_say_its_pixels(tmp_path):
     def plain(config, arrays):
         config.clear()

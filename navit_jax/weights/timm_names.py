@@ -153,9 +153,14 @@ def activation(found: Mapping, path: Path, gated: bool) -> str:
     return "swiglu"
 
 
+def about(config: Mapping) -> dict:
+    """What config.json says of the pretrained weights; older files have it beside the architecture."""
+    return dict(config.get("pretrained_cfg") or {}) | {k: v for k, v in config.items() if v is not None}
+
+
 def pixels(config: Mapping, path: Path, flexible: bool) -> dict[str, tuple[float, ...]]:
     """mean and std from `pretrained_cfg` or plain keys; those of NaFlexVit are 0.5 where nothing is said."""
-    said = dict(config) | dict(config.get("pretrained_cfg") or {})
+    said = about(config)
     if not {"mean", "std"} <= set(said):
         if flexible:
             return dict(mean=(0.5,), std=(0.5,))
@@ -170,8 +175,8 @@ def pixels(config: Mapping, path: Path, flexible: bool) -> dict[str, tuple[float
 
 def classes(config: Mapping, number: int) -> tuple[str, ...]:
     """The classes' names, their descriptions where there are some; () if they are not known for all."""
-    said = dict(config.get("pretrained_cfg") or {}) | dict(config)
-    names, more = said.get("label_names") or (), said.get("label_descriptions") or {}
+    said = about(config)
+    names, more = said.get("label_names") or said.get("labels") or (), said.get("label_descriptions") or {}
     if isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=int)]
     return tuple(str(more.get(name, name)) for name in names) if len(names) == number else ()
@@ -181,7 +186,7 @@ def table_grid(
     tokens: int, prefix: int, patch: int, found: Mapping, config: Mapping, path: Path
 ) -> tuple[int, int, int]:
     """(rows, columns, how many of the prefix tokens have a place of their own) of VisionTransformer's pos_embed."""
-    said = found["stated"].get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size", ())[1:]
+    said = found["stated"].get("img_size") or about(config).get("input_size", ())[1:]
     sides = (said, said) if isinstance(said, int) else tuple(said)
     for own in dict.fromkeys((0, prefix)):
         if len(sides) == 2 and (sides[0] // patch) * (sides[1] // patch) == tokens - own:

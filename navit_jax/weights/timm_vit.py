@@ -112,8 +112,7 @@ def _patches(tensors: Tensors, found: dict) -> dict:
     if len(shape) == 4:
         channels, sides = shape[1], shape[2:]
     else:
-        size = (tensors.config.get("pretrained_cfg") or {}).get("input_size", (3,))
-        channels = int(found["stated"].get("in_chans") or size[0])
+        channels = int(found["stated"].get("in_chans") or timm_names.about(tensors.config).get("input_size", (3,))[0])
         side = math.isqrt(shape[1] // channels)
         sides = (side, shape[1] / channels / max(side, 1))
     if sides[0] != sides[1]:
