@@ -6,7 +6,9 @@ an old name; one that is pickled is read again by its path, because neither libr
 """
 
 import hashlib
+import json
 import os
+import string
 import unicodedata
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from input_pipeline.errors import DecodeError, UserError
 from input_pipeline.sources import paths
 from input_pipeline.sources.base import require
 
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 EXPECTED = "expected bytes, PATH/tokenizer.json (Hugging Face) or PATH.model (SentencePiece)"
 
 
@@ -133,10 +136,14 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; its end token, where it has one, follows every text. See `Tokenizer`."""
+    """A SentencePiece model; its end token, where it has one, follows every text. See `Tokenizer`.
+
+    Beside a tokenizer_config.json of SigLIP's, texts lose their punctuation and capitals first, as that model's did.
+    """
 
     def __init__(self, path: str):
         self.path, where = path, f"text.tokenizer={path!r}"
+        self.plain = _is_siglip(path)
         library = require("sentencepiece", "sentencepiece", where)
         data = _read(path, where)
         self._tokenizer = library.SentencePieceProcessor()
@@ -147,9 +154,11 @@ class SentencePieceTokenizer:
             raise UserError(f"{where} is no SentencePiece model: {error}; {EXPECTED}") from error
         end = self._tokenizer.eos_id()
         self.end = end if end >= 0 else None
-        self._fingerprint = _hash("sentencepiece", data)
+        self._fingerprint = _hash("sentencepiece without punctuation" if self.plain else "sentencepiece", data)
 
     def __call__(self, text: str) -> list[int]:
+        if self.plain:
+            text = " ".join(text.lower().translate(_NO_PUNCTUATION).split())
         ids = self._tokenizer.encode(text)
         return ids if self.end is None else [*ids, self.end]
 
@@ -173,6 +182,15 @@ class Filled:
 
     def fingerprint(self) -> str:
         return f"{self.tokenizer.fingerprint()} filled with {self.pad} to {self.length}"
+
+
+def _is_siglip(path: str) -> bool:
+    folder = os.path.dirname(os.path.expanduser(path))
+    try:
+        settings = json.loads(paths.read(os.path.join(folder, "tokenizer_config.json")))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("tokenizer_class") == "SiglipTokenizer"
 
 
 def _read(path: str, where: str) -> bytes:

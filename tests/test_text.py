@@ -80,6 +80,18 @@ def test_a_sentencepiece_model(eos, tmp_path):
     assert tokenizer.end == (eos if eos > 0 else None) and tokenizer.vocab_size == oracle.get_piece_size()
 
 
+def test_siglips_sentencepiece_model_drops_punctuation(tmp_path):
+    path = sentencepiece(tmp_path / "text.model", eos_id=1, bos_id=-1, unk_id=0)
+    plain = open_tokenizer(path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    siglips = open_tokenizer(path)
+    assert siglips("A red-dog , and... the CAT!") == plain("a reddog and the cat") and siglips("?!") == [1]
+    assert siglips.fingerprint() != plain.fingerprint() and pickle.loads(pickle.dumps(siglips))("a.") == plain("a")
+    for other in ('{"tokenizer_class": "T5Tokenizer"}', "[]", "{"):
+        (tmp_path / "tokenizer_config.json").write_text(other)
+        assert open_tokenizer(path).fingerprint() == plain.fingerprint()
+
+
 def each(tmp_path):
     path, _ = hugging_face(tmp_path / "tokenizer.json")
     return [open_tokenizer(spec) for spec in ("bytes", path, sentencepiece(tmp_path / "text.model"))]

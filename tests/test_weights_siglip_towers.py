@@ -18,7 +18,14 @@ from navit_jax.weights import siglip
 
 pytestmark = pytest.mark.slow
 
-WORDS = ("A photo of a cat", "two DOGS", "z", "the quick brown fox jumps over the lazy dog", "a cat", "what? 7 of them")
+WORDS = (
+    "A photo of a cat",
+    "two DOGS",
+    "z",
+    "the quick brown fox jumps over the lazy dog",
+    "a cat, or not?",
+    "what? 7 of them",
+)
 
 
 def save_tokenizer(folder):
@@ -31,6 +38,20 @@ def save_tokenizer(folder):
     end = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     made.backend_tokenizer.post_processor = end
     made.save_pretrained(folder)
+    return made
+
+
+def save_siglips_tokenizer(folder):
+    """The same of SigLIP's kind, which drops punctuation and fills with its end; its SentencePiece model has more."""
+    transformers, sentencepiece = parity.library("transformers"), parity.library("sentencepiece")
+    with open(folder / "spiece.model", "wb") as file:
+        ends = dict(pad_id=-1, bos_id=-1, eos_id=1, unk_id=2)
+        options = dict(vocab_size=45, hard_vocab_limit=False, minloglevel=2) | ends
+        lines = [line.lower() for line in WORDS]
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(20 * lines), model_writer=file, **options)
+    made = transformers.SiglipTokenizer(str(folder / "spiece.model"))
+    made.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")  # another's conversion
     return made
 
 
@@ -56,9 +77,9 @@ def test_two_towers_in_and_out(name, tmp_path):
     with torch.no_grad():
         model.logit_scale.fill_(4.7), model.logit_bias.fill_(-12.0)
     model.save_pretrained(tmp_path / "theirs")
-    theirs = save_tokenizer(tmp_path / "theirs")
+    theirs = (save_tokenizer if "2" in name else save_siglips_tokenizer)(tmp_path / "theirs")
     ours, images = weights.read(tmp_path / "theirs"), some_images()
-    assert ours.cfg.text.pad == 0
+    assert ours.cfg.text.pad == (0 if "2" in name else 1)
 
     options = dict(padding="max_length", padding_side="right", max_length=16, truncation=True, return_tensors="pt")
     wanted = theirs(list(WORDS), **options)["input_ids"]
@@ -67,7 +88,8 @@ def test_two_towers_in_and_out(name, tmp_path):
     siglip.write(ours, tmp_path / "ours")
     again = weights.read(tmp_path / "ours")
     same(again, ours)
-    assert again.tokenizer == str(tmp_path / "ours" / "tokenizer.json")
+    assert again.tokenizer == ours.tokenizer.replace("theirs", "ours")
+    np.testing.assert_array_equal(encode_texts(again, WORDS)[0], ids)
     z_KE = vectors(ours, "encode_images", parity.packed(images, PATCH))[0]
     assert np.all(z_KE[len(images) :] == 0)
     z_KE, towers = z_KE[: len(images)], navit.merge(contrastive.abstract(ours.cfg)[0], ours.params)

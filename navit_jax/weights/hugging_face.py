@@ -10,7 +10,8 @@ from input_pipeline.errors import UserError
 from navit_jax.weights.reader import Tensors, folder_of, read_json
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}  # theirs: ours
-TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
+SIGLIP = "spiece.model"
+TOKENIZERS = ("tokenizer.json", SIGLIP, "tokenizer.model")
 
 
 def activation(config: dict, where: str) -> str:
@@ -48,8 +49,12 @@ def classes(config: dict) -> tuple[str, ...]:
 
 
 def tokenizer(tensors: Tensors) -> str:
-    """Path of the tokenizer's file beside the weights, "" where there is none."""
-    found = [folder_of(tensors.path) / name for name in TOKENIZERS]
+    """Path of the tokenizer's file beside the weights, "" where there is none.
+
+    SigLIP's own is its SentencePiece model: what people converted to a tokenizer.json may keep the punctuation.
+    """
+    own = tensors.beside("tokenizer_config.json").get("tokenizer_class") == "SiglipTokenizer"
+    found = [folder_of(tensors.path) / name for name in sorted(TOKENIZERS, key=lambda name: own and name != SIGLIP)]
     return next((str(path) for path in found if path.exists()), "")
 
 

@@ -2,8 +2,7 @@
 
 SigLIP 2 NaFlex resizes its table of positions with antialiased bilinear weights and takes patches; SigLIP, and SigLIP 2
 of a fixed resolution, have a convolution and a bicubic resize, exact at the size that they were trained at. Their texts
-are filled up with a token that is read like any other, and the last position is pooled. What SigLIP's own tokenizer
-does before it tokenises is left to the user: it removes punctuation; that of SigLIP 2 only makes lower case.
+are filled up with a token that is read like any other, and the last position is pooled.
 """
 
 from collections.abc import Mapping
