@@ -18,7 +18,7 @@ from PIL import Image
 from configs import base
 from input_pipeline import sources, stream
 from input_pipeline.packed import Batch
-from navit_jax import convert, navit, weights
+from navit_jax import convert, navit, objectives, weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -85,7 +85,7 @@ def test_an_objective():
     loss = found["squared_distance"](logits, np.array([[0, 1, 0]]), np.array([[True, True, False]]))
     np.testing.assert_allclose(loss, [[4.0, 1.0, 0.0]], atol=1e-5)
 
-    objective = found["ordinal"](config, 5)
+    objective = found["ordinal"](config, 5, objectives.make(config, 5))
     rng = np.random.default_rng(0)
     images = random_packed(rng, [[5, 9], [12]], L=16, K=2, P=64)
     batch = Batch(images, np.array([[4, 0], [2, -1]], np.int32), np.array([[0, 1], [2, -1]], np.int32))
