@@ -81,9 +81,13 @@ def make(spec: dict) -> object:
     if spec["side"].startswith("ours"):
         host_memory.keep()  # as train.py does
 
-        from benchmarks import ours as module
+        from benchmarks import inference_ours, ours
+
+        module = inference_ours if "inference" in spec["side"] else ours
     elif spec["side"].endswith("attention"):
         from benchmarks import attention as module
+    elif spec["side"].startswith("inference"):
+        from benchmarks import inference_peers as module
     else:
         from benchmarks import peers_torch as module
     return module.SIDES[spec["side"]](spec)
