@@ -104,13 +104,16 @@ def speed(path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     x = np.arange(len(found))
-    for side, name, colour, shift in (("ours", "navit_jax", OURS, -0.2), ("peer", "vit-pytorch NaViT", OTHER, 0.2)):
+    peers = list(dict.fromkeys(row["name"].split(" L")[0] for row in found))
+    other = f"{peers[0]} NaViT" if len(peers) == 1 else "the other"
+    for side, name, colour, shift in (("ours", "navit_jax", OURS, -0.2), ("peer", other, OTHER, 0.2)):
         bars = axes.bar(x + shift, [row[side] for row in found], 0.38, color=colour, label=name)
         axes.bar_label(bars, fmt="%.1f", color=INK, fontsize=11, padding=2)
     top = max(row["ours"] for row in found)
     for place, row in zip(x, found, strict=True):
         axes.text(place, 1.17 * top, f"x {row['ratio']:.2f}", ha="center", color=OURS, fontsize=13, weight="bold")
-    names = [f"rows of {row['name'].split(' L')[1]} tokens" for row in found]
+    cases = [row["name"].partition(" L") for row in found]
+    names = [f"{f'{peer} ' * (len(peers) > 1)}{f'rows of {length} tokens' * bool(length)}" for peer, _, length in cases]
     _bars(axes, x, names, "images/s of a training step, CPU")
     axes.set_ylim(0, 1.45 * top)
     axes.legend(loc="upper center", ncol=2, frameon=False, fontsize=11, labelcolor=INK)

@@ -100,7 +100,7 @@ def model() -> ConfigDict:
     c.posemb_grid = (16, 16)  # rows and columns of the table
     c.posemb_resize = "bilinear"  # bilinear (antialiased), linear | bicubic, bicubic_antialias: of table and resized
     c.posemb_square = False  # resize for the square of the longer side, and cut
-    c.rope_base = 10_000.0  # of its wavelengths, in patches
+    c.rope_base = 10_000.0  # rope: pair i of n turns by coordinate * base ** (-i / n)
     c.rope_axes = "same"  # same | alternate: frequencies of y and x
     c.norm = "layer"  # layer | rms
     c.norm_eps = 1e-6  # added to the variance
