@@ -42,7 +42,7 @@ def fetch(name: str) -> Path:
         return Path(found)
 
     try:
-        folder = get("*.json", "tokenizer.model")
+        folder = get("*.json", "*.model")
         indexes = sorted(folder.glob("*.safetensors.index.json"))
         if indexes:
             return get(*sorted(set(read_json(indexes[0]).get("weight_map", {}).values())))

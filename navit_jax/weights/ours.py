@@ -59,8 +59,9 @@ def write(weights: Weights, folder: str | Path) -> Path:
     tokenizer = Path(weights.tokenizer).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if tokenizer.is_file() and tokenizer.resolve() != (folder / tokenizer.name).resolve():
-            shutil.copyfile(tokenizer, folder / tokenizer.name)
+        for file in (tokenizer, tokenizer.parent / "tokenizer_config.json") if tokenizer.is_file() else ():
+            if file.exists() and file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
         about["tokenizer"] = tokenizer.name if tokenizer.is_file() else weights.tokenizer
         write_safetensors(folder / "model.safetensors", named_leaves(weights.params))
         (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")

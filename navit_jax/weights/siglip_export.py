@@ -20,6 +20,7 @@ from navit_jax.contrastive import TwoTowersConfig
 from navit_jax.navit import NaViTConfig
 from navit_jax.text_tower import TextConfig
 from navit_jax.weights import Weights, hugging_face, siglip_names
+from navit_jax.weights.files import write_safetensors
 from navit_jax.weights.mapping import save
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,6 @@ ANY = {  # fields that may be anything: of training, of other kinds of positions
 
 def write(weights: Weights, folder: str | Path) -> Path:
     """See `siglip.write`."""
-    from safetensors.numpy import save_file
-
     cfg, folder = weights.cfg, Path(folder)
     two = isinstance(cfg, TwoTowersConfig)
     image = cfg.image if two else cfg
@@ -49,11 +48,10 @@ def write(weights: Weights, folder: str | Path) -> Path:
         log.warning("left out, as %s has no place for it: %s", config["architectures"][0], ", ".join(left))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(save(siglip_names.rules(theirs), params), folder / "model.safetensors", {"format": "pt"})
+        write_safetensors(folder / "model.safetensors", save(siglip_names.rules(theirs), params))
         for name, content in (("config", config), ("preprocessor_config", _pixels(image, naflex=_naflex(image)))):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
-        if weights.tokenizer and weights.tokenizer != "bytes":
-            _copy_tokenizer(Path(weights.tokenizer), folder)
+        _copy_tokenizer(Path(weights.tokenizer).expanduser(), folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}. Name another place.") from error
     return folder
@@ -137,7 +135,9 @@ def _pixels(image: NaViTConfig, naflex: bool) -> dict:
 
 
 def _copy_tokenizer(path: Path, folder: Path) -> None:
-    """The tokenizer's file and, where it is there, what says how it pads; nothing if it lies in the folder already."""
+    """The tokenizer's file and, where it is there, what says how it pads; nothing for one without a file."""
+    if not path.is_file():
+        return
     name = path.name if path.name in hugging_face.TOKENIZERS else f"tokenizer{path.suffix}"
     for source, target in ((path, name), (path.parent / "tokenizer_config.json", "tokenizer_config.json")):
         target = folder / target
