@@ -17,6 +17,7 @@ from helpers import fast_jit, random_packed, random_params
 from memory_source import MemorySource
 from PIL import Image
 
+from benchmarks import pictures
 from configs import base
 from input_pipeline import sources, stream
 from input_pipeline.packed import Batch
@@ -208,6 +209,16 @@ def test_the_build_fails_for_what_is_broken(tmp_path):
     assert found.returncode != 0
     for words in ("dato.md", "a-sauce", "lunch", "input_pipeline.patches.undocumented", "model.md: a table of options"):
         assert words in found.stderr, (words, found.stderr)
+
+
+def test_pictures_are_drawn_from_the_committed_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pictures.speed(tmp_path / "speed.png")
+    pictures.tokens(tmp_path / "tokens.png")
+    for name, committed in (("speed", "images_per_second"), ("tokens", "accuracy_over_tokens")):
+        sizes = [Image.open(path).size for path in (tmp_path / f"{name}.png", ROOT / f"docs/{committed}.png")]
+        assert sizes[0] == sizes[1]
+    assert max((ROOT / "docs" / file).stat().st_size for _, file in pictures.PICTURES.values()) < 150_000
 
 
 def anchors(page):
