@@ -1,5 +1,6 @@
 """Files of weights as named arrays, and every file that is refused."""
 
+import contextlib
 import json
 import pickle
 import struct
@@ -116,6 +117,28 @@ def test_broken_files_are_refused_with_what_is_wrong(tmp_path):
     refused(tmp_path / "z.npz", "a has the dtype <U4")
     (tmp_path / "w.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(90))
     refused(tmp_path / "w.h5", "unknown format", "expected safetensors")
+
+
+def test_no_part_of_a_file_is_a_file_and_damage_is_seen_or_harmless(tmp_path):
+    arrays = {"abc": np.arange(6, dtype=np.float32), "de": np.ones((2, 300), np.float32)}
+    files.write_safetensors(tmp_path / "x.safetensors", arrays)
+    np.savez(tmp_path / "x.npz", **arrays)
+    np.savez_compressed(tmp_path / "y.npz", **arrays)
+    rng = np.random.default_rng(0)
+    for name in ("x.safetensors", "x.npz", "y.npz"):
+        path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+        for size in rng.choice(len(whole), 100):
+            path.write_bytes(whole[:size])
+            with pytest.raises(UserError):
+                reader.open_tensors(path)
+        for _ in range(200):
+            damaged = bytearray(whole)
+            damaged[rng.integers(min(len(whole), 200) if name == "x.safetensors" else len(whole))] = rng.integers(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(UserError):  # any other error is a traceback in a user's face
+                tensors = reader.open_tensors(path)
+                for tensor in tensors.names:
+                    tensors.take(tensor)
 
 
 def test_pickles_are_refused_with_the_lines_that_convert_them(tmp_path):

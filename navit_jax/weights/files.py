@@ -124,11 +124,14 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values begin at a multiple of 8 bytes
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for x in arrays.values():
-            file.write(np.ascontiguousarray(x).tobytes())
-    unfinished.rename(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for x in arrays.values():
+                file.write(np.ascontiguousarray(x).tobytes())
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _npz(path: Path) -> dict[str, Entry]:
@@ -156,9 +159,9 @@ def _npz(path: Path) -> dict[str, Entry]:
                 if dtype.kind not in "fiub" and dtype != "V2":  # bfloat16 comes back as two bytes without a meaning
                     raise UserError(f"{path}: {name} has the dtype {dtype}; expected numbers")
                 entries[name] = Entry(shape, partial(_member, path, member))
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # zip, its decompressors and NumPy's parser have each many kinds
         if path.suffix in PICKLES:
             raise UserError(refusal(path)) from error
         raise UserError(f"{path} is truncated or damaged: {error}") from error
@@ -169,6 +172,6 @@ def _member(path: Path, member: str) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zipfile.zlib.error) as error:
+    except Exception as error:  # as above
         raise UserError(f"{path} is damaged: {member}: {error}") from error
     return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
