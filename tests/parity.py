@@ -20,6 +20,7 @@ from input_pipeline.patches import patchify
 from navit_jax import contrastive, navit, weights
 
 GRIDS = ((4, 6), (8, 3), (5, 5), (2, 9), (7, 10))  # rows, columns: five sizes, also after rounding up to 2 or 4
+WITHOUT_TORCHVISION = ("torch", "safetensors", "huggingface_hub")
 PADDING = 7  # tokens at the row's end
 SPARE = 1  # slots that stay empty
 
@@ -27,7 +28,7 @@ SPARE = 1  # slots that stay empty
 def library(name: str):
     """The module, such as `transformers.models.pixtral`; without it the test is skipped, or fails (PARITY=required)."""
     try:
-        if name != "torch":
+        if name.split(".")[0] not in WITHOUT_TORCHVISION:
             importlib.import_module("benchmarks.torchvision_ops")
         return importlib.import_module(name)
     except ImportError as error:
