@@ -44,7 +44,7 @@ def _demo(c: ConfigDict) -> None:
     c.packing.row_length = 128
     c.augment.update(flip=False, crop_min_area=1.0)
     c.update(total_steps=100, checkpoint_every_steps=0, eval_every_steps=0)
-    c.optim.warmup_steps = 10
+    c.optim.update(lr=1e-2 if c.name == "probe" else 2e-3, warmup_steps=10)
     c.eval.token_budgets = (9, 16)
 
 

@@ -147,11 +147,17 @@ def describe(
         f"{found.images / found.rows:.1f} "
         f"images a row, {found.tokens / found.images:.0f} tokens an image, {100 * found.fill:.2f} % filled\n"
         f"{_texts(texts)}"
-        f"model: {config.model.variant}, {navit.count_params(objective.shapes) / 1e6:.1f} M parameters, "
+        f"model: {_size(config.model)}, {navit.count_params(objective.shapes) / 1e6:.1f} M parameters, "
         f"{jnp.dtype(objective.dtype).name} on "
         f"{_machines(mesh)}; {total} steps",
         flush=True,
     )
+
+
+def _size(model: ConfigDict) -> str:
+    usual = navit.variant(model.variant)
+    size = usual | {name: model[name] for name in navit.OVERRIDES if model[name]}
+    return model.variant if size == usual else "width {width}, {depth} layers, patches of {patch_size}".format(**size)
 
 
 def _texts(plan: Any) -> str:

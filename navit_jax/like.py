@@ -88,7 +88,8 @@ def _check_texts(config: ConfigDict, found: contrastive.TwoTowersConfig, source:
 
 def _refuse_others(decided: dict, source: str) -> None:
     """Raises UserError for fields that the command line sets to something else than the weights have."""
-    given = flags.FLAGS["config"].override_values if "config" in flags.FLAGS else {}
+    parsed = flags.FLAGS.is_parsed() and "config" in flags.FLAGS
+    given = flags.FLAGS["config"].override_values if parsed else {}
     wrong = [f"{k}={given[k]} ({v} there)" for k, v in decided.items() if k in given and given[k] not in (v, 0)]
     if wrong:
         raise UserError(

@@ -77,7 +77,7 @@ def fresh(
         notes += [note, *(m for m in more if not m.startswith("The head"))] if note else more
         if notes and whole:
             raise UserError(f"--eval_only needs the whole model of {config.init_from}: {' '.join(notes)}")
-        for note in [f"parameters from {config.init_from}{found.source}", *notes]:
+        for note in [f"parameters from {found.source or config.init_from}", *notes]:
             tqdm.write(note)
     return Start(train_step.new_state(params, tx, bool(config.optim.ema_decay), shardings), 0, None)
 
@@ -104,4 +104,6 @@ def _loaded(config: ConfigDict) -> _Loaded:
     notes = like.differences(here, tower)
     if notes:
         notes = [f"These weights are of another model, {'; '.join(notes)}: --config.model.like={path} takes theirs."]
-    return _Loaded(found.params, dict(classes=found.classes), f", {found.source}" if found.source else "", notes)
+    if config.objective == "contrastive" and found.tokenizer not in ("", config.text.tokenizer):
+        notes.append(f"Their texts had the tokenizer {found.tokenizer}: set --config.text.tokenizer to it.")
+    return _Loaded(found.params, dict(classes=found.classes), found.source, notes)

@@ -133,6 +133,8 @@ def _describe(weights: Any, image: navit.NaViTConfig, inputs: dict, outputs: dic
         call=CALL,
     )
     about["resize"] = about["resize"].format(length=inputs["segment_ids"].shape[1])
+    if image.grid_multiple > 1:
+        about["sides"] = f"rows and columns of every grid are multiples of {image.grid_multiple}"
     if image.posemb == "learned" and image.posemb_coords == "absolute" and image.posemb_beyond == "error":
         about["largest_side"] = image.posemb_max
     return about
