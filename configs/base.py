@@ -36,7 +36,7 @@ def data() -> ConfigDict:
 def packing() -> ConfigDict:
     """How images share rows: B rows of L tokens and K slots a step."""
     c = ConfigDict()
-    c.row_length = 256  # L, tokens a row: the smallest that holds the largest image is the fastest
+    c.row_length = 256  # L, tokens a row: as many as the largest image has, or more
     c.rows_per_step = 8  # B, over all devices
     c.images_per_row = 0  # K, slots a row; 0: twice the mean, from a dry run of the planner
     c.rows_per_group = 0  # G, rows that share a capacity profile; a device wants whole groups. 0: 8, 4, 2 or 1
