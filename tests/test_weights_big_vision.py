@@ -147,8 +147,8 @@ def test_texts_are_filled_up_as_the_vocabulary_says(tmp_path):
     arrays = names_of(TwoTowers(Vit(), Text()), FIRST, np.zeros((1, TOKENS), int))
     np.savez(tmp_path / "towers.npz", **arrays)
     assert weights.config_of(tmp_path / "towers.npz").text.pad == 1
-    arrays["txt/Embed_0/embedding"] = np.broadcast_to(np.float32(0), (256_000, TEXT["width"]))
-    np.savez_compressed(tmp_path / "towers.npz", **arrays)
+    arrays["txt/Embed_0/embedding"] = np.zeros((256_000, TEXT["width"]), bool)  # 12 MB
+    np.savez(tmp_path / "towers.npz", **arrays)
     assert weights.config_of(tmp_path / "towers.npz").text.pad == 0
 
 
@@ -165,6 +165,7 @@ def test_texts_are_filled_up_as_the_vocabulary_says(tmp_path):
             "pos_embedding is [1, 35, 64]; expected [1, n, D]",
         ),
         (lambda a: a.update(head=np.zeros(3)), "head [3]"),
+        (lambda a: a.update({"img/head/bias": np.zeros(3)}), "holds img/ alone"),
         (lambda a: a.update({"embedding/bias": np.zeros(3)}), "embedding/bias is [3]; expected [64]"),
         (lambda a: a.update({"patchln_pre/scale": np.zeros(192)}), "patchln_pre without patchln_post"),
     ],

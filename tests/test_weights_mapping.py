@@ -101,5 +101,8 @@ def test_ignored_tensors_need_no_place_and_patterns_mean_whole_names(tmp_path):
     with pytest.raises(UserError, match="1 tensors") as error:
         tensors.finish()
     assert "ab [1]" in str(error.value) and "head" not in str(error.value)
+    files.write_safetensors(tmp_path / "x.safetensors", {f"t{n}": np.zeros(1, np.float32) for n in range(23)})
+    with pytest.raises(UserError, match=r"23 tensors[\s\S]*t19 \[1\]\n  and 3 more"):
+        reader.open_tensors(tmp_path).finish()
     with pytest.raises(UserError, match=r"ab is \[1\], expected \[2\]"):
         tensors.take("ab", (2,))

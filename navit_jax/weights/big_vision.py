@@ -36,7 +36,10 @@ def read(tensors: Tensors) -> Weights:
     if root:
         tensors.ignore(r"(opt|chrono)/.*")  # of a training state
     tensors.ignore(r".*MAPHead_0/MultiHeadDotProductAttention_0/key/bias")  # the softmax cancels it
-    if f"{root}txt/pos_embedding" not in tensors.names:
+    towers = [tower for tower in ("img", "txt") if any(name.startswith(f"{root}{tower}/") for name in tensors.names)]
+    if len(towers) == 1:
+        raise UserError(f"{tensors.path} holds {towers[0]}/ alone; expected img/ and txt/, or a ViT without a prefix")
+    if not towers:
         cfg, rules = _image(tensors, root, "")
         head = f"{root}head/kernel"
         cfg["num_classes"] = tensors.names[head][-1] if head in tensors.names else 0

@@ -47,12 +47,12 @@ class Tensors:
         self._open -= {name for name in self._open if re.fullmatch(pattern, name)}
 
     def finish(self) -> None:
-        """Raises UserError that names every tensor neither taken nor ignored."""
+        """Raises UserError that names the tensors neither taken nor ignored, 20 of them at most."""
         if self._open:
             left = [f"  {name} {[*self.names[name]]}" for name in self._entries if name in self._open]
             raise UserError(
                 f"{self.path} holds {len(left)} tensors that this format has no place for, so the model would not be "
-                "the one that was saved:\n" + "\n".join(left)
+                "the one that was saved:\n" + "\n".join(left[:20] + [f"  and {len(left) - 20} more"] * (len(left) > 20))
             )
 
     def beside(self, name: str) -> dict:
