@@ -159,11 +159,12 @@ def test_shards_of_the_hub_are_those_of_the_index(tmp_path, monkeypatch):
     files.write_safetensors(tmp_path / "x", {"a": np.zeros(1, np.float32)})
     data = (tmp_path / "x").read_bytes()
     contents = {"model.safetensors.index.json": json.dumps(index).encode(), "consolidated.safetensors": data}
+    contents |= {"consolidated.safetensors.index.json": b"{}", "spiece.model": b""}
     library = Hub(tmp_path / "cache", contents | {"m-1.safetensors": data, "m-2.safetensors": data})
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
     hub.fetch("org/name")
-    found = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    assert found == ["m-1.safetensors", "m-2.safetensors", "model.safetensors.index.json"]
+    found = {p.name for p in (tmp_path / "cache").iterdir()}
+    assert found == library.files.keys() - {"consolidated.safetensors"}
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def fetch(name: str) -> Path:
         return Path(found)
 
     try:
-        folder = get("*.json", "*.model")
-        indexes = sorted(folder.glob("*.safetensors.index.json"))
+        folder = get("*.json", "*.model")  # the latter are tokenizers
+        indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda p: (not p.name.startswith("model."), p))
         if indexes:
             return get(*sorted(set(read_json(indexes[0]).get("weight_map", {}).values())))
         for pattern in WHOLE:
