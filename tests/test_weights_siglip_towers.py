@@ -107,8 +107,9 @@ def test_two_towers_in_and_out(name, tmp_path):
         (None, dict(model_type="siglip"), 1),
         (None, dict(pad_token_id=5), 5),
         (None, dict(pad_token_id=None), -1),
-        (dict(pad_token="<mask>", added_tokens_decoder={"4": dict(content="<mask>")}), {}, 4),
-        (dict(pad_token=dict(content="<mask>"), added_tokens_decoder={"4": dict(content="<mask>")}), {}, 4),
+        (dict(pad_token="<mask>"), {}, 4),
+        (dict(pad_token="<pad>"), dict(pad_token_id=5), 5),  # a name without a number
+        (dict(pad_token=dict(content="<mask>"), added_tokens_decoder={"3": dict(content="<mask>")}), {}, 3),
     ],
 )
 def test_what_texts_are_filled_with(settings, config, pad, tmp_path):
@@ -117,6 +118,7 @@ def test_what_texts_are_filled_with(settings, config, pad, tmp_path):
     saved = json.loads(path.read_text())
     saved["text_config"] |= {k: v for k, v in config.items() if k != "model_type"}
     path.write_text(json.dumps(saved))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(dict(added_tokens=[dict(id=4, content="<mask>")])))
     if settings:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert weights.config_of(tmp_path).text.pad == pad
