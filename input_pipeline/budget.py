@@ -205,9 +205,11 @@ class Sampler:
         return Draws(index, crop, grid, np.where(readable, keep, 0))
 
     def _grid(self, sizes: np.ndarray, budget: np.ndarray) -> np.ndarray:
+        unit = 2 if self.config.model.merge else 1  # patches a side of what becomes one token
+        units = np.maximum(1, budget // unit**2)
         if not self.config.data.squash:
-            return target_grid(sizes, budget, self.patch)
-        side = np.maximum(1, np.floor(np.sqrt(budget))).astype(np.int64)
+            return unit * target_grid(sizes, units, unit * self.patch)
+        side = unit * np.floor(np.sqrt(units)).astype(np.int64)
         return np.stack([side, side], axis=1)
 
     def _check_positions(self, index: np.ndarray, grid: np.ndarray, readable: np.ndarray) -> None:

@@ -27,7 +27,7 @@ def check(config: ConfigDict) -> None:
 
 def _rules(c: ConfigDict) -> list[Rule]:
     drop, aug, parts, budgets = c.drop, c.augment, c.optim.accumulate_steps, c.eval.token_budgets
-    group = c.packing.rows_per_group
+    group, fewest = c.packing.rows_per_group, 4 if c.model.merge else 1
     return [
         ("data.decode", c.data.decode in ("fast", "full"), "fast or full"),
         ("data.bits", c.data.bits in (8, 16), "8 or 16"),
@@ -42,6 +42,7 @@ def _rules(c: ConfigDict) -> list[Rule]:
         ("packing.images_per_row", c.packing.images_per_row >= 0, "1 or more, or 0 to choose"),
         ("resolution.min_side", c.resolution.min_side > 0, "above 0"),
         ("resolution.std", c.resolution.std > 0, "above 0"),
+        ("drop.kind", drop.kind == "none" or not c.model.merge, "none: model.merge joins whole squares of patches"),
         ("drop.rate", 0 <= drop.rate < 1, "a share from 0 to below 1"),
         ("drop.min_rate", 0 <= drop.min_rate < 1, "a share from 0 to below 1"),
         ("drop.max_rate", 0 < drop.max_rate <= 1, "a share above 0, to 1"),
@@ -54,7 +55,8 @@ def _rules(c: ConfigDict) -> list[Rule]:
          f"a divisor of packing.rows_per_step={c.packing.rows_per_step}"),
         ("optim.ema_decay", 0 <= c.optim.ema_decay < 1, "a share from 0 to below 1"),
         ("optim.layer_decay", 0 < c.optim.layer_decay <= 1, "a factor above 0, to 1"),
-        ("eval.token_budgets", len(budgets) > 0 and all(b >= 1 for b in budgets), "one or more numbers of tokens"),
+        ("eval.token_budgets", len(budgets) > 0 and all(b >= fewest for b in budgets),
+         f"one or more numbers of tokens, each {fewest} or more"),
         ("eval.fewshot_shots", all(s >= 1 for s in c.eval.fewshot_shots), "numbers of images, 1 or more each"),
         ("log_every_steps", c.log_every_steps >= 1, "1 or more"),
         ("objective", c.objective in ("supervised", "contrastive"), "supervised or contrastive"),

@@ -10,6 +10,9 @@ import pytest
 from flax import nnx
 from helpers import Image, fast_jit, pack, random_image, random_packed, random_params
 
+from configs import base
+from input_pipeline import checks
+from input_pipeline.budget import Sampler
 from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 from navit_jax import arrangement, attention, merger, navit, positions, transformer
@@ -282,6 +285,23 @@ def test_flops_of_the_merger():
 def test_configurations_that_cannot_work_are_refused(fields, words):
     with pytest.raises(UserError, match=words):
         navit.NaViTConfig(**(SIZES | fields))
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("budget", [0, 4, 50], ids=lambda n: f"budget-{n}")
+def test_a_run_plans_grids_that_can_be_merged(budget, squash):
+    """Even sides, within the budget, and nothing dropped; a run that drops patches is refused."""
+    config = base.get_config()
+    config.model.merge, config.model.posemb, config.drop.kind, config.data.squash = 8, "rope", "none", squash
+    checks.check(config)
+    sizes = np.random.default_rng(0).integers(20, 2000, (300, 2))
+    draws = Sampler(config, sizes, 16, budget)(np.arange(300))
+    assert (draws.grid % 2 == 0).all() and (draws.grid >= 2).all()
+    np.testing.assert_array_equal(draws.keep, draws.grid.prod(1))
+    assert draws.keep.max() <= (budget or (config.resolution.max_side / 16) ** 2)
+    config.drop.kind = "beta"
+    with pytest.raises(UserError, match="drop.kind is 'beta'.*model.merge"):
+        checks.check(config)
 
 
 def test_what_a_planner_must_know():
