@@ -55,6 +55,8 @@ def _parse(arg: str) -> tuple[str, bool, str]:
         name, _, value = part.partition("=")
         if name in options:
             options[name] = value
+        elif source and value:
+            raise ValueError(f"{part}: expected weights=PATH, probe=true and one source of images, after {source[0]}")
         else:
             source.append(part)
     if not options["weights"]:

@@ -188,8 +188,8 @@ def test_the_recipes_argument():
     config = finetune.get_config("tar=a,b,weights=p=q,probe=true")
     assert (config.init_from, config.model.like, config.data.source, config.name) == ("p=q", "p=q", "tar=a,b", "probe")
     assert finetune.get_config("weights=x").data.source == "digits"
-    for arg in ("", "folder=x", "weights=", "weights=x,probe=yes"):
-        with pytest.raises(ValueError, match="weights|probe=yes: expected true or false"):
+    for arg in ("", "folder=x", "weights=", "weights=x,probe=yes", "weights=x,digits,prob=true"):
+        with pytest.raises(ValueError, match="which weights|probe=yes: expected true or false|prob=true: expected"):
             finetune.get_config(arg)
 
 
