@@ -78,12 +78,12 @@ def reset_peak() -> None:
 
 def make(spec: dict) -> object:
     """The side's object: `step() -> {pack, loss, ...}`, and `info`, a dict."""
-    if spec["side"].startswith("ours"):
+    if spec["side"] == "ours inference":  # in a user's own process, whose memory is theirs
+        from benchmarks import inference_ours as module
+    elif spec["side"].startswith("ours"):
         host_memory.keep()  # as train.py does
 
-        from benchmarks import inference_ours, ours
-
-        module = inference_ours if "inference" in spec["side"] else ours
+        from benchmarks import ours as module
     elif spec["side"].endswith("attention"):
         from benchmarks import attention as module
     elif spec["side"].startswith("inference"):

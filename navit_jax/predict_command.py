@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from input_pipeline.errors import UserError
+from navit_jax import host_memory
 from navit_jax.arguments import Parser
 
 if TYPE_CHECKING:
@@ -56,8 +57,13 @@ def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     _check(args)
     paths = list(expand(args.images))
-    import navit_jax
+    host_memory.keep()  # before numpy and jax start threads
+    import jax
 
+    import navit_jax
+    from input_pipeline.size_index import cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
     options = dict(tokenizer=args.tokenizer) if args.tokenizer else {}
     model = navit_jax.load(args.model, **options)
     classes = _classes(args.classes)

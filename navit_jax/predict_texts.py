@@ -43,7 +43,10 @@ class Texts:
         Source: Radford et al. 2021 (CLIP), section 3.1.4. Raises UserError where there are no classes or sentences.
         """
         if isinstance(classes, str) or not classes:
-            raise UserError("this model knows no classes of its own: name them, such as classes=['cat', 'dog']")
+            raise UserError(
+                "this model knows no classes of its own: name them, classes=['cat', 'dog'], of the command "
+                "--classes=cat,dog"
+            )
         names = tuple(map(str, classes))
         if isinstance(templates, str) or not templates or any("{}" not in line for line in templates):
             raise UserError(f"templates are {templates!r}; expected sentences with {{}} for the class, in a list")
@@ -67,8 +70,8 @@ class Texts:
         if self._tokenizer is None:
             if not self.spec:
                 raise UserError(
-                    "the files of this model name no tokenizer: give one, navit_jax.load(PATH, tokenizer="
-                    "'PATH/tokenizer.json')"
+                    "the files of this model name no tokenizer: give one, navit_jax.load(..., tokenizer="
+                    "'PATH/tokenizer.json'), of the command --tokenizer=PATH/tokenizer.json"
                 )
             found = text.open_tokenizer(self.spec)
             if found.vocab_size > self.cfg.vocab_size:

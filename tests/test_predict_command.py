@@ -12,14 +12,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image as PillowImage
 
+import configs.base
 import navit_jax
 from input_pipeline.errors import UserError
-from navit_jax import arguments, navit, predict_command, predict_picture
+from navit_jax import arguments, checkpoint, host_memory, navit, predict_command, predict_picture
 from navit_jax.predict_picture import Shown
 from navit_jax.weights import Weights, ours
 
 CFG = dict(width=32, depth=1, heads=2, mlp_dim=64, patch_size=4)
 CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(autouse=True)
+def memory_as_it_is(monkeypatch):
+    monkeypatch.setattr(host_memory, "keep", lambda: None)  # it would hold for every test of this process
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +196,23 @@ def test_help_is_quick():
     run = [sys.executable, "-m", "navit_jax", "predict", "--help"]
     helped = subprocess.run(run, capture_output=True, text=True)
     assert helped.returncode == 0 and "--heatmap" in helped.stdout and "MODEL is a run" in helped.stdout
+
+
+def test_a_run_says_how_its_images_were_made(tmp_path):
+    """Of its largest training images, and bits, background and shape as there; said otherwise, as said."""
+    cfg = navit.NaViTConfig(**CFG, num_classes=3)
+    config = configs.base.get_config()
+    config.model.update(variant="Ti/8", **CFG)
+    config.resolution.max_side = 24
+    config.data.update(bits=16, background=(1, 2, 3), squash=True)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, "")
+    state = dict(params=navit.init_params(cfg, 0), step=np.int32(1), opt={})
+    meta = dict(config=json.loads(config.to_json_best_effort()), data={}, classes=list(CLASSES))
+    checkpoints.save(1, state, meta)
+    checkpoints.close()
+    model = navit_jax.load(str(tmp_path))
+    sizing = model._size(None, True)
+    assert model.classes == CLASSES and (sizing.max_tokens, sizing.patch) == (36, 4)
+    assert (sizing.bits, sizing.background, sizing.squash) == (16, (1, 2, 3), True)
+    other = navit_jax.load(str(tmp_path), max_tokens=9, bits=8, squash=False)._size(None, True)
+    assert (other.max_tokens, other.bits, other.squash) == (9, 8, False)
