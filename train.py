@@ -76,7 +76,7 @@ def run_config(config: ConfigDict) -> None:
     """Train or evaluate, as one of the run's processes."""
     workdir = console.open_workdir(WORKDIR.value, config.name, EVAL_ONLY.value and not config.init_from)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("compilation")))
-    like.resolve(config)
+    like.resolve(config, workdir / "config.json")
     checks.check(config)
     run = build(config, workdir)
     if not EVAL_ONLY.value:

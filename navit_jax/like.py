@@ -3,7 +3,9 @@
 So a run's config, its checkpoints and what is planned for it say all by themselves, and need no file that may be gone.
 """
 
+import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -15,19 +17,26 @@ from navit_jax import contrastive, navit
 FREE = ("dropout", "stochastic_depth", "remat", "dtype", "attention", "posemb_beyond")
 
 
-def resolve(config: ConfigDict) -> None:
+def resolve(config: ConfigDict, saved: Path | None = None) -> None:
     """Gives the config the architecture of `model.like`, and empties that field; without it does nothing.
 
     Two towers: the image tower's, in a contrastive run both. A `stored_patch_size` of the config means another patch
-    size than the weights were stored with; theirs otherwise. Raises UserError for weights that cannot be read, and for
-    a field on the command line that says otherwise.
+    size than the weights were stored with; theirs otherwise. saved: config.json of the run that goes on, which has
+    resolved the same: so it goes on without the weights. Raises UserError for weights that cannot be read, and for a
+    field on the command line that says otherwise.
     """
     source = config.model.like
     if not source:
         return
     from navit_jax import weights
 
-    found = weights.config_of(source)
+    try:
+        found = weights.config_of(source)
+    except UserError as error:
+        if saved is None or not saved.is_file():
+            raise
+        print(f"{error}\nThe architecture is taken from {saved}.", flush=True)
+        return _as_before(config, json.loads(saved.read_text()))
     two = isinstance(found, contrastive.TwoTowersConfig)
     image = found.image if two else found
     decided = {f"model.{name}": value for name, value in _image(config, source, image).items()}
@@ -44,6 +53,13 @@ def resolve(config: ConfigDict) -> None:
         f"{config.model.patch_size} pixels, {image.posemb} positions",
         flush=True,
     )
+
+
+def _as_before(config: ConfigDict, saved: dict) -> None:
+    for group, names in dict(model=config.model, text=config.text, contrastive=config.contrastive).items():
+        values = {k: saved[group][k] for k in names if k in saved.get(group, {}) and k not in FREE}
+        config[group].update({k: tuple(x) if isinstance(x, list) else x for k, x in values.items()})
+    config.data.channels = saved["data"]["channels"]
 
 
 def differences(here: navit.NaViTConfig, there: navit.NaViTConfig) -> list[str]:

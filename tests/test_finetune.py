@@ -224,5 +224,7 @@ def test_a_run_exported_and_probed_needs_the_file_no_more_and_changes_its_head_a
     assert meta["classes"] == list(CLASSES)
     shutil.rmtree(tmp_path / "export")
     shutil.rmtree(again / "checkpoints" / "4")
-    wanted = losses(run(config, again))  # resolved before: the same config goes on without the file
-    assert set(wanted) == {1, 2, 3, 4}
+    same = shrunk(finetune.get_config(f"weights={tmp_path / 'export'},probe=true"), 4)
+    assert set(losses(run(same, again))) == {1, 2, 3, 4}
+    with pytest.raises(UserError, match="There is no .*export"):
+        run(shrunk(finetune.get_config(f"weights={tmp_path / 'export'}"), 4), tmp_path / "third")
