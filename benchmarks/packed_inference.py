@@ -42,6 +42,8 @@ def measure(ours: dict, peer: dict, repeats: int) -> dict:
         sides = (mine, other)
         a, b = (side.ask("vectors") for side in sides)  # compiles, too
         apart = np.abs(np.array(a["vectors"]) - np.array(b["vectors"])).max() / np.std(b["vectors"])
+        if apart > 1e-3:
+            raise RuntimeError(f"the vectors of both sides differ by {apart:.1e} of their spread: no comparison")
         for side in sides:
             side.memory()
         turns = [[side.seconds() for side in sides] for _ in range(repeats)]

@@ -97,6 +97,13 @@ def _check(args: argparse.Namespace) -> None:
         known = sorted(Figure().canvas.get_supported_filetypes())
         if Path(args.out).suffix[1:].lower() not in known:
             raise UserError(f"--out={args.out}: expected a picture's name, such as grid.png, or .{', .'.join(known)}")
+        folder = Path(args.out).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(args.out, error.strerror) from None
+        if not os.access(folder, os.W_OK):
+            raise _unwritable(args.out, f"{folder} cannot be written to")
 
 
 def expand(names: Sequence[str]) -> Iterator[str]:
@@ -195,11 +202,14 @@ def _draw(model: "Model", paths: list[str], answers: list, heat: list, args: arg
     about = ", and where each one's vector comes from: the weights of its attention pooling" * bool(heat)
     figure = predict_picture.draw(shown, f"{args.model}", first + about)
     try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out, dpi=100 * predict_picture.SCALE)
     except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}. Give another place with --out.") from None
+        raise _unwritable(args.out, error.strerror) from None
     print(f"{args.out}: {_count(len(shown))}", file=sys.stderr)
+
+
+def _unwritable(out: str, why: str) -> UserError:
+    return UserError(f"cannot write {out}: {why}. Give another place with --out.")
 
 
 def _count(images: int) -> str:

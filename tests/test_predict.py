@@ -30,6 +30,15 @@ def images(seed, count, low=2, high=60):
     return [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in sides]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """What a model compiles for itself, as `helpers.fast_jit` does."""
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     return make()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -138,6 +139,7 @@ def test_nothing_of_a_picture_overlaps_or_leaves_it():
         (["--heatmap"], "--out=grid.png"),
         (["--out", "grid"], "expected a picture's name"),
         (["--out", "grid.pong"], "expected a picture's name"),
+        (["--out", "/proc/new/grid.png"], "cannot write /proc/new/grid.png"),
         (["--budgets", "a,b"], "such as 64,256"),
         (["--budgets", "12,16"], "escalate=0.3"),
         (["--max-tokens", "many"], "invalid int value: 'many'"),
@@ -206,7 +208,8 @@ def test_a_run_says_how_its_images_were_made(tmp_path):
     config.resolution.max_side = 24
     config.data.update(bits=16, background=(1, 2, 3), squash=True)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 1, "")
-    state = dict(params=navit.init_params(cfg, 0), step=np.int32(1), opt={})
+    params = jax.tree.map(jax.numpy.asarray, random_params(navit.abstract(cfg)[1]))
+    state = dict(params=params, step=np.int32(1), opt={})
     meta = dict(config=json.loads(config.to_json_best_effort()), data={}, classes=list(CLASSES))
     checkpoints.save(1, state, meta)
     checkpoints.close()
