@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks import common
-from configs import base
+from configs import recipes
 from navit_jax import plan
 from navit_jax.plan import hlo, topology
 
@@ -40,7 +40,7 @@ COLOURS, MARKERS = ("#2f6fde", "#f28e2b", "#8c6d4f"), ("o", "s", "^")
 
 def recipe(variant: str, chips: int, rows: int, fsdp: int) -> ConfigDict:
     """The ImageNet recipe of `configs` with rows of 256 tokens, sides up to 256 pixels, or 224 at patch 14."""
-    config = base.navit(variant, variant, "imagenet2012", demo_steps=1, demo_lr=1e-3)
+    config = recipes.navit(variant, variant, "imagenet2012", demo_steps=1, demo_lr=1e-3)
     config.resolution.max_side = 16 * int(variant.split("/")[1])
     config.packing.rows_per_step = rows * chips
     config.mesh.fsdp = fsdp

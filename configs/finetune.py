@@ -12,13 +12,13 @@ Other sizes of image: --config.resolution.max_side=384, pixels of the square of 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `weights=PATH,SOURCE[,probe=true]`. Raises ValueError without weights."""
     weights, probe, source = _parse(arg)
-    c = base.use_data(base.get_config(), source)
+    c = recipes.use_data(base.get_config(), source)
     c.name = "probe" if probe else "finetune"
     c.init_from = c.model.like = weights
     c.model.posemb_beyond = "interpolate"
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if not probe:
         c.loss.label_smoothing = 0.1
         c.model.stochastic_depth = 0.1
-    if c.data.source in base.EMBEDDED:
+    if c.data.source in recipes.EMBEDDED:
         _demo(c)
     return c
 

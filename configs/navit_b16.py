@@ -10,9 +10,9 @@ on two CPU cores that were shared, 160 steps of 46 images. imagenet2012 and fold
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """B/16 on the data that `arg` names; see `configs.base.navit`."""
-    return base.navit("navit_b16", "B/16", arg, demo_steps=160, demo_lr=3e-4)
+    """B/16 on the data that `arg` names; see `configs.recipes.navit`."""
+    return recipes.navit("navit_b16", "B/16", arg, demo_steps=160, demo_lr=3e-4)

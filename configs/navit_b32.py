@@ -9,9 +9,9 @@ Digits: not run (as navit_b16, with patches of 32 pixels). imagenet2012 and fold
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """B/32 on the data that `arg` names; see `configs.base.navit`."""
-    return base.navit("navit_b32", "B/32", arg, demo_steps=160, demo_lr=3e-4)
+    """B/32 on the data that `arg` names; see `configs.recipes.navit`."""
+    return recipes.navit("navit_b32", "B/32", arg, demo_steps=160, demo_lr=3e-4)

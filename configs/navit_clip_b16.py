@@ -11,17 +11,17 @@ the one that learns. Folders and shards: not run at length.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Two towers on the images with texts that `arg` names; "": the embedded shapes."""
     c = base.get_config()
     c.name, c.objective, c.model.variant = "navit_clip_b16", "contrastive", "B/16"
-    base.use_data(c, arg or "shapes")
-    if c.data.source not in base.EMBEDDED:
-        return base.captions(c)
-    base.demo(c, steps=160, lr=3e-4)
+    recipes.use_data(c, arg or "shapes")
+    if c.data.source not in recipes.EMBEDDED:
+        return recipes.captions(c)
+    recipes.demo(c, steps=160, lr=3e-4)
     c.text.update(width=256, depth=4, heads=4, mlp_dim=1024)
     c.optim.weight_decay = ((".*kernel$", 0.03),)
     return c

@@ -10,7 +10,7 @@ text tower were chosen on 500 of the same images, of which no square can tell a 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config()
     c.name, c.objective = "navit_clip_quickstart", "contrastive"
     square = arg == "square"
-    base.use_data(c, "shapes" if square else arg or "shapes")
+    recipes.use_data(c, "shapes" if square else arg or "shapes")
     c.data.squash = square
     c.model.update(variant="Ti/16", width=128, depth=4, heads=4, mlp_dim=512)
     c.text.update(width=64, depth=2, heads=2, mlp_dim=256)

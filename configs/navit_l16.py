@@ -9,9 +9,9 @@ Digits: not run; 311 M parameters need 5 GB and about 4 s a step on two CPU core
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """L/16 on the data that `arg` names; see `configs.base.navit`."""
-    return base.navit("navit_l16", "L/16", arg, demo_steps=60, demo_lr=2e-4)
+    """L/16 on the data that `arg` names; see `configs.recipes.navit`."""
+    return recipes.navit("navit_l16", "L/16", arg, demo_steps=60, demo_lr=2e-4)

@@ -10,9 +10,9 @@ imagenet2012 and folders: not run.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """S/16 on the data that `arg` names; see `configs.base.navit`."""
-    return base.navit("navit_s16", "S/16", arg, demo_steps=400, demo_lr=6e-4)
+    """S/16 on the data that `arg` names; see `configs.recipes.navit`."""
+    return recipes.navit("navit_s16", "S/16", arg, demo_steps=400, demo_lr=6e-4)

@@ -10,13 +10,13 @@ Shapes: see `benchmarks/equal_compute.py` for a recipe that learns them.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """This model on the embedded digits, or on the data that `arg` names."""
-    c = base.navit("quickstart", "Ti/16", arg, demo_steps=1000, demo_lr=2e-3)
-    if c.data.source in base.EMBEDDED:
+    c = recipes.navit("quickstart", "Ti/16", arg, demo_steps=1000, demo_lr=2e-3)
+    if c.data.source in recipes.EMBEDDED:
         c.resolution.max_side = 64
         c.packing.row_length = 128
         c.log_every_steps = 20

@@ -10,13 +10,13 @@ imagenet2012 and folders: not run.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import recipes
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """B/16 on squares, on the data that `arg` names; see `configs.base.navit`."""
-    c = base.navit("vit_b16_square", "B/16", arg, demo_steps=160, demo_lr=3e-4)
-    embedded = c.data.source in base.EMBEDDED
+    """B/16 on squares, on the data that `arg` names; see `configs.recipes.navit`."""
+    c = recipes.navit("vit_b16_square", "B/16", arg, demo_steps=160, demo_lr=3e-4)
+    embedded = c.data.source in recipes.EMBEDDED
     side = 48 if embedded else 224
     tokens = (side // 16) ** 2
     c.data.squash = True

@@ -141,9 +141,8 @@ def _config_files() -> list[str]:
     """The configs that come with the code, as one would write them from here."""
     folder, here = Path(configs.__file__).parent, Path.cwd()
     shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    return [
-        str(shown / path.name) for path in sorted(folder.glob("*.py")) if path.name not in ("__init__.py", "base.py")
-    ]
+    parts = ("__init__.py", "base.py", "recipes.py")  # what configs are made of
+    return [str(shown / path.name) for path in sorted(folder.glob("*.py")) if path.name not in parts]
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:

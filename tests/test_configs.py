@@ -14,7 +14,7 @@ from input_pipeline import checks, stream
 from input_pipeline.errors import UserError
 from navit_jax import console, objectives, optim
 
-OTHERS = ("__init__", "base", "finetune")  # test_finetune.py has the last one
+OTHERS = ("__init__", "base", "recipes", "finetune")  # test_finetune.py has the last one
 RECIPES = sorted(p.stem for p in Path(configs.__file__).parent.glob("*.py") if p.stem not in OTHERS)
 OF_CLASSES = [name for name in RECIPES if "clip" not in name]
 

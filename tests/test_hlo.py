@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from configs import recipes
 from navit_jax import navit
 from navit_jax.plan import hlo, step, traffic
 from navit_jax.plan.program import read
@@ -309,7 +309,7 @@ def test_traffic_of_a_scan_reads_each_layer_once():
 
 
 def small(**fields):
-    config = base.navit("t", "Ti/16", "", demo_steps=1, demo_lr=1e-3)
+    config = recipes.navit("t", "Ti/16", "", demo_steps=1, demo_lr=1e-3)
     config.model.update(width=128, depth=3, heads=4, mlp_dim=512, **fields)
     return config
 

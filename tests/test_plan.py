@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import scaling
-from configs import base
+from configs import recipes
 from input_pipeline.errors import UserError
 from navit_jax import metrics, navit, plan, sharding
 from navit_jax.plan import chips, estimate, hlo, step, topology
@@ -28,7 +28,7 @@ V5E = chips.CHIPS["v5e"]
 
 
 def small(arg="", **model):
-    config = base.navit("tiny", "Ti/16", arg, demo_steps=1, demo_lr=1e-3)
+    config = recipes.navit("tiny", "Ti/16", arg, demo_steps=1, demo_lr=1e-3)
     config.model.update(width=64, depth=2, heads=2, mlp_dim=128, **model)
     return config
 
