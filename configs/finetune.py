@@ -8,6 +8,11 @@ weights: a run of yours, an export, or any file, folder or hub name that `navit_
 The head starts anew where the classes are others. Each layer learns a quarter slower than the one behind it; the new
 resolutions go through the position embedding's own rule, with learned tables stretched beyond their last row.
 Other sizes of image: --config.resolution.max_side=384, pixels of the square of equal area.
+
+On the embedded `shapes`, the model that configs/quickstart.py learned on digits, 100 steps of 120 images, top-1 of 2000
+at 9 tokens an image: the whole model 77.3 %, its head alone 41.6 %, the same model from random parameters
+(--config.init_from= --config.optim.layer_decay=1) 44.8 %, of three learning rates the best. One run each. Folders and
+weights of others: run for a few steps only.
 """
 
 from ml_collections import ConfigDict
