@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from configs.base import EMBEDDED
+from configs.recipes import EMBEDDED
 from input_pipeline.errors import UserError
 from navit_jax import distributed, navit, objectives
 

@@ -11,6 +11,7 @@ from navit_jax.weights.reader import Tensors, folder_of, read_json
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}  # theirs: ours
 SIGLIP = "spiece.model"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", SIGLIP, "tokenizer.model")
 
 
@@ -32,14 +33,24 @@ def patch_size(config: dict, where: str) -> int:
 
 
 def normalisation(tensors: Tensors, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
-    """Fields mean and std by the preprocessor_config.json beside the weights, or those given; a number if all equal."""
-    config = tensors.beside("preprocessor_config.json")
+    """Fields mean and std by the processor's file beside the weights, or those given; a number if all equal.
+
+    Raises UserError for a processor that does not bring bytes to [0, 1].
+    """
+    said = [_processor(tensors, name) for name in PROCESSORS]
+    config = next((x for x in said if {"image_mean", "do_normalize"} & set(x)), {})
     found = dict(mean=config.get("image_mean") or mean, std=config.get("image_std") or std)
     if config.get("do_normalize") is False:
         found = dict(mean=(0.0,), std=(1.0,))
-    if config.get("rescale_factor") and abs(config["rescale_factor"] * 255 - 1) > 1e-3:
-        raise UserError(f"{tensors.path}: rescale_factor is {config['rescale_factor']}; implemented is 1/255")
+    factor = (config.get("rescale_factor") or 1 / 255) if config.get("do_rescale", True) else 1.0
+    if abs(factor * 255 - 1) > 1e-3:
+        raise UserError(f"{tensors.path}: the image processor multiplies pixels by {factor:g}; implemented is 1/255")
     return {k: tuple(map(float, x if len(set(x)) > 1 else x[:1])) for k, x in found.items()}
+
+
+def _processor(tensors: Tensors, name: str) -> dict:
+    said = tensors.beside(name)
+    return said.get("image_processor", said)  # of transformers 5, which writes one file for texts and images
 
 
 def classes(config: dict) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from input_pipeline.errors import UserError
 from navit_jax import navit
-from navit_jax.weights import Weights, mapping, orders, vlm
+from navit_jax.weights import Weights, hugging_face, mapping, orders, vlm
 from navit_jax.weights.mapping import Rule, conv_patch, linear, norm
 from navit_jax.weights.reader import Tensors
 
@@ -73,7 +73,7 @@ def _config(tensors: Tensors, prefix: str, naming: Naming) -> navit.NaViTConfig:
         rope_axes="alternate",
         pool="mean",
         norm_tokens=False,
-        **vlm.pixels(tensors),
+        **hugging_face.normalisation(tensors, vlm.CLIP_MEAN, vlm.CLIP_STD),
     )
 
 

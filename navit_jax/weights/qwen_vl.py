@@ -12,7 +12,7 @@ import numpy as np
 
 from input_pipeline.errors import UserError
 from navit_jax import navit
-from navit_jax.weights import Weights, mapping, orders, vlm
+from navit_jax.weights import Weights, hugging_face, mapping, orders, vlm
 from navit_jax.weights.mapping import Rule, expect, linear, norm, qkv, zeros
 from navit_jax.weights.reader import Tensors
 
@@ -65,7 +65,7 @@ def _config(tensors: Tensors, prefix: str) -> navit.NaViTConfig:
         pool="mean",
         merge=vlm.shape_of(tensors, f"{prefix}merger.mlp.2.weight", 2)[0],
         **(_version_2_5 if gated else _version_2)(where, options, depth, patch),
-        **vlm.pixels(tensors),
+        **hugging_face.normalisation(tensors, vlm.CLIP_MEAN, vlm.CLIP_STD),
     )
 
 

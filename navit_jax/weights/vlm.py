@@ -14,7 +14,6 @@ from navit_jax.weights.reader import Tensors
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]: OpenAI CLIP's, with which these towers learned
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # what scales the pixels; the older name first
 
 
 def prefix_of(names: Iterable[str], ending: str) -> str | None:
@@ -54,22 +53,3 @@ def rope_base(where: Path, config: Mapping[str, Any]) -> float:
     rope = config.get("rope_parameters") or {}
     require(where, "rope_type", rope.get("rope_type", "axial"), "axial", "default")
     return float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
-
-
-def pixels(tensors: Tensors) -> dict[str, tuple[float, ...]]:
-    """mean and std of pixels in [0, 1] from the processor's file beside the weights; without one OpenAI CLIP's.
-
-    Raises UserError for a processor that scales pixels in another way.
-    """
-    for name in PROCESSORS:
-        said = tensors.beside(name)
-        said = said.get("image_processor", said)
-        if "image_mean" not in said:
-            continue
-        where = tensors.path.parent / name if tensors.path.is_file() else tensors.path / name
-        for option in ("do_rescale", "do_normalize"):
-            require(where, option, said.get(option, True), True)
-        factor = said.get("rescale_factor", 1 / 255)
-        require(where, "rescale_factor", factor if abs(255 * factor - 1) > 1e-3 else 1 / 255, 1 / 255)
-        return {"mean": tuple(map(float, said["image_mean"])), "std": tuple(map(float, said["image_std"]))}
-    return {"mean": CLIP_MEAN, "std": CLIP_STD}
