@@ -84,7 +84,9 @@ def _image(config: ConfigDict, source: str, image: navit.NaViTConfig) -> dict:
 def _texts(config: ConfigDict, found: contrastive.TwoTowersConfig) -> dict:
     text = {name: getattr(found.text, name) for name in config.text if hasattr(found.text, name)}
     towers = {name: getattr(found, name) for name in config.contrastive if hasattr(found, name)}
-    towers = {name: value for name, value in towers.items() if not name.startswith(("init_", "max_"))}
+    towers = {name: value for name, value in towers.items() if not name.startswith("init_")}
+    if "contrastive.max_scale" in _given():  # else theirs: the first update would cut a larger learned scale
+        del towers["max_scale"]
     return {f"text.{k}": v for k, v in text.items()} | {f"contrastive.{k}": v for k, v in towers.items()}
 
 
@@ -104,11 +106,16 @@ def _check_texts(config: ConfigDict, found: contrastive.TwoTowersConfig, source:
 
 def _refuse_others(decided: dict, source: str) -> None:
     """Raises UserError for fields that the command line sets to something else than the weights have."""
-    parsed = flags.FLAGS.is_parsed() and "config" in flags.FLAGS
-    given = flags.FLAGS["config"].override_values if parsed else {}
+    given = _given()
     wrong = [f"{k}={given[k]} ({v} there)" for k, v in decided.items() if k in given and given[k] not in (v, 0)]
     if wrong:
         raise UserError(
             f"--config.{', --config.'.join(wrong)}: --config.model.like={source} takes these from its weights. Leave "
             "them out, or give all fields without model.like."
         )
+
+
+def _given() -> dict:
+    """What the command line sets, by field."""
+    parsed = flags.FLAGS.is_parsed() and "config" in flags.FLAGS
+    return flags.FLAGS["config"].override_values if parsed else {}

@@ -110,7 +110,7 @@ def test_two_towers_give_both_to_a_contrastive_run_and_one_to_a_supervised_one(t
     params = write(tmp_path / "w", cfg)
     config = small(tmp_path / "w")
     config.objective = "contrastive"
-    config.contrastive.update(loss="sigmoid", init_scale=5.0, max_scale=50.0, init_bias=-3.0)
+    config.contrastive.update(loss="sigmoid", init_scale=5.0, init_bias=-3.0)  # the scale's maximum is theirs, too
     like.resolve(config)
     assert contrastive.from_config(config, vocab_size=300) == cfg
     config = small(tmp_path / "w")
