@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from navit_jax import checkpoint, checkpoint_files, weights
+from navit_jax import weights
 from navit_jax.predict import Model
 
 
@@ -13,19 +13,4 @@ def load(path: str | Path, **options: Any) -> Model:
     options: of `Model`, over what the files say. Raises UserError for what cannot be read.
     """
     found = weights.read(path)
-    return Model(found.cfg, found.params, found.classes, **{"tokenizer": found.tokenizer, **_of_run(path), **options})
-
-
-def _of_run(path: str | Path) -> dict[str, Any]:
-    """What a run's config says of its images and texts; nothing where this is no run.
-
-    max_tokens: of its largest training images, rather than some number that the model never saw.
-    """
-    path = checkpoint_files.absolute(path)
-    if not path.exists() or not checkpoint.is_run(path):
-        return {}
-    config = checkpoint_files.read_text(checkpoint.find_checkpoint(path))["meta"]["config"]
-    data, patch = config["data"], int(config["model"].get("patch_size") or config["model"]["variant"].split("/")[1])
-    max_tokens = max(1, round((config["resolution"]["max_side"] / patch) ** 2))
-    found = dict(max_tokens=max_tokens, bits=data["bits"], background=tuple(data["background"]), squash=data["squash"])
-    return found | (dict(lower=config["text"]["lower"]) if "text" in config else {})
+    return Model(found.cfg, found.params, found.classes, **{"tokenizer": found.tokenizer, **found.inputs, **options})

@@ -41,11 +41,12 @@ def model_of(cfg, **fields):
 def test_our_export_comes_back_exactly(cfg, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     model = model_of(cfg, classes=("cat", "dog", "Katze"), tokenizer=str(tmp_path / "tokenizer.json"), source="here")
+    model = model._replace(inputs=dict(max_tokens=16, squash=True))
     ours.write(model, tmp_path / "out")
     found = weights.read(tmp_path / "out")
     assert (found.cfg, found.classes) == (cfg, model.classes)
     assert found.tokenizer == str(tmp_path / "out" / "tokenizer.json") and Path(found.tokenizer).read_text() == "{}"
-    assert same(found.params, model.params)
+    assert same(found.params, model.params) and found.inputs == model.inputs
     assert weights.config_of(tmp_path / "out" / "model.safetensors") == cfg
 
 
@@ -55,6 +56,7 @@ def test_an_export_that_this_version_does_not_know_is_refused(tmp_path):
     about = json.loads(path.read_text())
     for change, said in (
         ({"config": about["config"] | {"colour": 3}}, "unknown fields colour=3"),
+        ({"inputs": {"colour": 3}}, "unknown inputs colour"),
         ({"config": {k: v for k, v in about["config"].items() if k != "width"}}, "lacks the fields width"),
         ({"config": about["config"] | {"pool": "middle"}}, "model.pool is 'middle'"),
         ({"config": about["config"] | {"depth": 3}}, ", expected [3, 2, 8]"),

@@ -6,9 +6,10 @@ write(weights, folder), where there is a way back. An option that it does not im
 silently different model is the one thing that an import must not give.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -23,7 +24,9 @@ class Weights(NamedTuple):
     """A model with its parameters, in the shape that `navit.merge` takes.
 
     params: nested dict of numpy float32. classes: their names, () where unknown. tokenizer: what `text.tokenizer` takes
-    to make the text tower's ids, "" where there is none or it is unknown. source: a line on where this is from.
+    to make the text tower's ids, "" where there is none or it is unknown. source: a line on where this is from. inputs:
+    how images and texts were made in training, as far as known: `predict.Model`'s max_tokens, bits, background, squash
+    and lower.
     """
 
     cfg: NaViTConfig | TwoTowersConfig
@@ -31,6 +34,7 @@ class Weights(NamedTuple):
     classes: tuple[str, ...] = ()
     tokenizer: str = ""
     source: str = ""
+    inputs: Mapping[str, Any] = MappingProxyType({})
 
 
 def formats() -> tuple[ModuleType, ...]:

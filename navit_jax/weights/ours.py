@@ -27,6 +27,7 @@ from navit_jax.weights.reader import Tensors, folder_of
 
 NAME = "navit_jax"
 KINDS = {"NaViT": navit.NaViTConfig, "TwoTowers": contrastive.TwoTowersConfig}
+INPUTS = {"max_tokens", "bits", "background", "squash", "lower"}  # of predict.Model
 INNER = {"image": navit.NaViTConfig, "text": text_tower.TextConfig}  # of two towers
 
 
@@ -46,7 +47,13 @@ def read(tensors: Tensors) -> Weights:
     params = nested({name: take(name, leaf.shape) for name, leaf in leaves.items()})
     tokenizer = config.get("tokenizer", "")
     beside = folder_of(tensors.path) / tokenizer
-    return Weights(cfg, params, tuple(config.get("classes", ())), str(beside) if beside.is_file() else tokenizer)
+    tokenizer, inputs = str(beside) if beside.is_file() else tokenizer, config.get("inputs", {})
+    unknown = set(inputs) - INPUTS
+    if unknown:
+        raise UserError(
+            f"{where} has the unknown inputs {', '.join(sorted(unknown))}: update navit_jax, or correct them"
+        )
+    return Weights(cfg, params, tuple(config.get("classes", ())), tokenizer, inputs=inputs)
 
 
 def write(weights: Weights, folder: str | Path) -> Path:
@@ -56,6 +63,7 @@ def write(weights: Weights, folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     about = {"format": NAME, **to_json(weights.cfg), "classes": list(weights.classes), "source": weights.source}
+    about["inputs"] = dict(weights.inputs)
     tokenizer = Path(weights.tokenizer).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +128,16 @@ def read_run(path: epath.Path, dry: bool = False) -> Weights:
         raise UserError(f"The checkpoint in {path} does not fit the model that its config describes:\n{wrong}")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     text = meta["config"].get("text", {}) if isinstance(cfg, contrastive.TwoTowersConfig) else {}
-    return Weights(cfg, params, tuple(meta.get("classes", ())), text.get("tokenizer", ""), f"a run, {path}")
+    classes, inputs = tuple(meta.get("classes", ())), _inputs(meta["config"], getattr(cfg, "image", cfg).patch_size)
+    return Weights(cfg, params, classes, text.get("tokenizer", ""), f"a run, {path}", inputs)
+
+
+def _inputs(config: dict, patch: int) -> dict[str, Any]:
+    """How a run made its images and texts; max_tokens: of its largest images, not a number that it never saw."""
+    data = config["data"]
+    found = {name: data[name] for name in ("bits", "background", "squash") if name in data}
+    found["max_tokens"] = max(1, round((config["resolution"]["max_side"] / patch) ** 2))
+    return found | (dict(lower=config["text"]["lower"]) if "text" in config else {})
 
 
 def cfg_of_run(meta: dict, leaves: Mapping[str, np.ndarray]) -> Any:
