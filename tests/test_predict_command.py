@@ -16,7 +16,7 @@ from PIL import Image as PillowImage
 import configs.base
 import navit_jax
 from input_pipeline.errors import UserError
-from navit_jax import arguments, checkpoint, host_memory, navit, predict_command, predict_picture
+from navit_jax import arguments, checkpoint, host_memory, navit, predict_command, predict_picture, weights
 from navit_jax.predict_picture import Shown
 from navit_jax.weights import Weights, ours
 

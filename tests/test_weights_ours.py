@@ -56,7 +56,7 @@ def test_an_export_that_this_version_does_not_know_is_refused(tmp_path):
     about = json.loads(path.read_text())
     for change, said in (
         ({"config": about["config"] | {"colour": 3}}, "unknown fields colour=3"),
-        ({"inputs": {"colour": 3}}, "unknown inputs colour"),
+        ({"inputs": {"colour": 3}}, "unknown inputs, colour"),
         ({"config": {k: v for k, v in about["config"].items() if k != "width"}}, "lacks the fields width"),
         ({"config": about["config"] | {"pool": "middle"}}, "model.pool is 'middle'"),
         ({"config": about["config"] | {"depth": 3}}, ", expected [3, 2, 8]"),

@@ -51,7 +51,7 @@ def read(tensors: Tensors) -> Weights:
     unknown = set(inputs) - INPUTS
     if unknown:
         raise UserError(
-            f"{where} has the unknown inputs {', '.join(sorted(unknown))}: update navit_jax, or correct them"
+            f"{where} has unknown inputs, {', '.join(sorted(unknown))}: update navit_jax, or correct them"
         )
     return Weights(cfg, params, tuple(config.get("classes", ())), tokenizer, inputs=inputs)
 
