@@ -49,6 +49,7 @@ def test_a_run_learns_and_leaves_its_scores(whole):
         assert (workdir / name).stat().st_size > 0
 
 
+@pytest.mark.slow  # of one objective the default set has it: test_train.py
 def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
     run(tiny(total_steps=12), tmp_path)
     subprocess.run(["rm", "-r", tmp_path / "checkpoints" / "12"], check=True)

@@ -334,7 +334,7 @@ def encoder_gradient(config):
     return jax.jit(jax.grad(total)).lower(shapes, images).compile({"xla_disable_hlo_passes": "cse"})
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_scanned_is_unrolled(monkeypatch, remat):
     scanned = encoder_gradient(small(remat=remat))
     monkeypatch.setattr(jax.lax, "scan", unrolled)
@@ -379,6 +379,7 @@ def test_collectives_of_a_scan_are_those_of_its_layers():
     assert len(done.stdout.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_step_against_the_formula():
     """Three forward passes over full rows, as dense attention works on whole rows, and over all slots, as pooling works
     on empty ones; less the gradient that pixels do not need, plus the logits that attention's backward pass repeats."""

@@ -51,7 +51,7 @@ def test_rows_do_not_depend_on_threads(threads):
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_rows_do_not_depend_on_worker_processes(workers):
     config, source = make_config(), MemorySource()
     wanted = list(make_stream(config, source).loader(5))

@@ -165,7 +165,7 @@ def test_scan_equals_the_layers_written_out():
         np.testing.assert_allclose(run(graphdef, params, batch)[b, k], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_changes_no_number(remat):
     batch, (graphdef, params) = images(), build()
     other = navit.abstract(navit.NaViTConfig(**SIZES, remat=remat))[0]
@@ -210,9 +210,12 @@ def test_registers_beside_their_image_keep_the_planned_profile():
     images = random_packed(np.random.default_rng(0), [[5, 9], [9, 5, 2]], L, K, P)
     images = images._replace(capacity=Capacity(2, ((2, 9), (3, 5))))
     found = []
-    for attention in ("slabs", "dense"):
-        graphdef, params = build(pool="first", registers=3, attention=attention)
-        model = navit.merge(graphdef, params)
-        found.append((model.tokens(images)[images.segment_ids > 0], model(images)[0]))
+    for backend in ("slabs", "dense"):
+        graphdef, params = build(pool="first", registers=3, attention=backend)
+        answer = fast_jit(
+            lambda p, x, graphdef=graphdef: (navit.merge(graphdef, p).tokens(x), navit.merge(graphdef, p)(x)[0])
+        )
+        tokens, logits = answer(params, images)
+        found.append((tokens[images.segment_ids > 0], logits))
     for slabs, dense in zip(*found, strict=True):
         np.testing.assert_allclose(slabs, dense, atol=1e-5)

@@ -204,6 +204,7 @@ def run(*args, timeout=240):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
+@pytest.mark.slow
 def test_the_command_for_virtual_devices(tmp_path):
     done = run("--plan=cpu:8", "--config.mesh.fsdp=4", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
