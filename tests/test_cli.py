@@ -122,9 +122,17 @@ def test_help_lists_flags_and_configs_from_any_folder(program, tmp_path):
 
 def test_commands():
     done = call("-m", "navit_jax", "--help")
-    assert done.returncode == 0 and "show" in done.stdout
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in ("train", "predict", "show", "plan", "convert"))
     assert done.stdout == call("-m", "navit_jax").stdout
     assert_one_message(call("-m", "navit_jax", "shwo"), "'shwo'", "Did you mean show?")
+    assert_one_message(call("-m", "navit_jax", "plan", CONFIG), "plan for which machines?", "v5e:16x16")
+
+
+def test_train_and_plan_are_train_py():
+    assert call("-m", "navit_jax", "train", "--help").stdout == call("train.py", "--help").stdout
+    assert_one_message(call("-m", "navit_jax", "train", "--config=configs/no.py"), "configs/no.py")
+    assert_one_message(call("-m", "navit_jax", "plan", "v9:1", CONFIG), "v9")
 
 
 def test_show_draws_a_picture(tmp_path):

@@ -50,9 +50,7 @@ def read(tensors: Tensors) -> Weights:
     tokenizer, inputs = str(beside) if beside.is_file() else tokenizer, config.get("inputs", {})
     unknown = set(inputs) - INPUTS
     if unknown:
-        raise UserError(
-            f"{where} has unknown inputs, {', '.join(sorted(unknown))}: update navit_jax, or correct them"
-        )
+        raise UserError(f"{where} has unknown inputs, {', '.join(sorted(unknown))}: update navit_jax, or correct them")
     return Weights(cfg, params, tuple(config.get("classes", ())), tokenizer, inputs=inputs)
 
 
