@@ -81,11 +81,11 @@ class Outputs(NamedTuple):
     logits: list[np.ndarray]
 
 
-def outputs(weights, row):
-    """What the image tower of `Weights` makes of the images of one packed row."""
+def outputs(weights, row, dtype="float32"):
+    """What the image tower of `Weights` makes of the images of one packed row, computed in `dtype`."""
     two = isinstance(weights.cfg, contrastive.TwoTowersConfig)
     cfg, params = (weights.cfg.image, weights.params["image"]) if two else (weights.cfg, weights.params)
-    graph, shapes = navit.abstract(dataclasses.replace(cfg, dtype="float32"))
+    graph, shapes = navit.abstract(dataclasses.replace(cfg, dtype=dtype))
     jax.tree.map(lambda s, x: np.testing.assert_equal(x.shape, s.shape), shapes, params)
 
     @fast_jit
