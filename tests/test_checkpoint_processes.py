@@ -182,6 +182,7 @@ def flip(file):
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_any_topology_reads_what_another_wrote_and_damage_falls_back_in_all_processes(tmp_path):
     assert launch("save", tmp_path, 1, 8) == ["saved [1, 2, 3]\n"]  # 1 is the best
     assert launch("restore", tmp_path, 2, 2) == ["restored 3 ['1', '2', '3']\n"] * 2

@@ -334,7 +334,8 @@ def encoder_gradient(config):
     return jax.jit(jax.grad(total)).lower(shapes, images).compile({"xla_disable_hlo_passes": "cse"})
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_scanned_is_unrolled(monkeypatch, remat):
     scanned = encoder_gradient(small(remat=remat))
     monkeypatch.setattr(jax.lax, "scan", unrolled)

@@ -65,7 +65,8 @@ def gradient(config, batch, mesh=None):
     return jax.device_get(jax.jit(one)(objective.init(0)))
 
 
-@pytest.mark.parametrize("loss, parts", [("softmax", 4), pytest.param("sigmoid", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, parts", [("softmax", 4), ("sigmoid", 2)])
 def test_towers_that_see_parts_have_the_gradient_of_the_whole(loss, parts):
     batch = random_batch(parts)
     whole, metrics = gradient(config(loss=loss), batch)

@@ -96,7 +96,8 @@ def test_sigterm_to_one_process_saves_and_stops_all_and_eight_devices_go_on(alon
     assert_same(lines(tmp_path), alone)
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the default set test_peers.py has the notice, test_train.py the resume
+@pytest.mark.parametrize("victim", [1, 0])
 def test_the_loss_of_a_process_stops_the_others_and_the_same_command_resumes(alone, tmp_path, victim):
     process = start(tmp_path, 2, **{"checkpoint_every_steps": 3})
     os.kill(wait_for_step(tmp_path, 5, process, saved=1)[victim], signal.SIGKILL)
