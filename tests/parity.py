@@ -5,12 +5,13 @@ which should have run all of them cannot pass by skipping.
 """
 
 import dataclasses
-import importlib
-import os
+import json
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import optional
 import pytest
 from helpers import fast_jit
 
@@ -19,6 +20,7 @@ from input_pipeline.packed import Packed
 from input_pipeline.patches import patchify
 from navit_jax import contrastive, navit, weights
 
+_library = partial(optional.library, variable="PARITY", requirements="requirements-parity.txt")
 GRIDS = ((4, 6), (8, 3), (5, 5), (2, 9), (7, 10))  # rows, columns: five sizes, also after rounding up to 2 or 4
 WITHOUT_TORCHVISION = ("torch", "safetensors", "huggingface_hub")
 PADDING = 7  # tokens at the row's end
@@ -27,15 +29,9 @@ SPARE = 1  # slots that stay empty
 
 def library(name: str):
     """The module, such as `transformers.models.pixtral`; without it the test is skipped, or fails (PARITY=required)."""
-    try:
-        if name.split(".")[0] not in WITHOUT_TORCHVISION:
-            importlib.import_module("benchmarks.torchvision_ops")
-        return importlib.import_module(name)
-    except ImportError as error:
-        reason = f"{name} is not installed (pip install -r requirements-parity.txt): {error}"
-        if os.environ.get("PARITY") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    if name.split(".")[0] not in WITHOUT_TORCHVISION:
+        _library("benchmarks.torchvision_ops")
+    return _library(name)
 
 
 def randomise(module, seed=0):
@@ -131,6 +127,17 @@ def same(a, b):
     """Whether two trees of arrays are equal bit by bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def assert_refused(folder, change, words):
+    """With `change` in its config.json, or without that file (None), a folder is refused in these words, a regex."""
+    config = folder / "config.json"
+    if change is None:
+        config.unlink()
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=words):
+        weights.read(folder)
 
 
 def refused(path, *said):

@@ -1,22 +1,24 @@
 """notebooks/: as they are committed, their install cell on machines of several kinds, and, slow, each run whole."""
 
 import base64
-import importlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import optional
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+library = partial(optional.library, variable="NOTEBOOKS", requirements="requirements-notebooks.txt")
 # What a run must print, and the least that the number in it may be; pictures in it.
 PRINTED = {
     "quickstart": (r"top1@9 (0\.\d+)", 0.85, 6),
@@ -26,17 +28,6 @@ PRINTED = {
 }
 # Devices that the notebook's own process has: a TPU belongs to one process, so none while a command still needs it.
 HELD = 'getattr(__import__("sys").modules.get("jax._src.xla_bridge"), "_backends", None)'
-
-
-def library(name):
-    """The module; without it the test is skipped, or fails where the environment has NOTEBOOKS=required."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        reason = f"{name} is not installed (pip install -r requirements-notebooks.txt): {error}"
-        if os.environ.get("NOTEBOOKS") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
 
 
 def code_cells(path):
