@@ -7,7 +7,7 @@ import pytest
 
 
 def library(name: str, *, variable: str, requirements: str):
-    """The module. variable: of the environment; `required` makes a skip a failure. requirements: the file to install."""
+    """The module. variable: of the environment; `required`: no skip, a failure. requirements: the file to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
