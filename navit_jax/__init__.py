@@ -11,6 +11,6 @@ def load(path: str, **options: Any) -> "Model":
 
     options: of `predict.Model`, such as tokenizer=PATH. Raises UserError for what cannot be read.
     """
-    from navit_jax import predict_load
+    from navit_jax.predict.load import load as load_model
 
-    return predict_load.load(path, **options)
+    return load_model(path, **options)

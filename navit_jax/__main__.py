@@ -30,7 +30,7 @@ SCRIPTS = {  # commands that are train.py
 COMMANDS = {
     "show": Command("navit_jax.show", "draw packed rows of a config as a picture"),
     "predict": Command(
-        "navit_jax.predict_command", "what a model says of images: lines, JSON, a picture", own_flags=True
+        "navit_jax.predict.command", "what a model says of images: lines, JSON, a picture", own_flags=True
     ),
     "convert": Command("navit_jax.convert", "write weights in another format, or say what they are", own_flags=True),
 }

@@ -11,7 +11,7 @@ SHARED = {"packed", "capacity", "errors", "patches", "packing", "pairing", "text
 SHARED_NAMES = {"input_pipeline.size_index.cache_dir"}
 # Commands that read the stream as train.py does, to show its rows and to plan for its shapes; they live in navit_jax
 # because the commands do. And what makes tokens of the images that a caller has.
-COMMANDS = {"show.py", "row_picture.py", "plan/planner.py", "plan/step.py", "predict_images.py", "predict_rows.py"}
+COMMANDS = {"show.py", "row_picture.py", "plan/planner.py", "plan/step.py", "predict/images.py", "predict/rows.py"}
 
 
 def imports(source):

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from input_pipeline.errors import UserError
 from input_pipeline.patches import patchify, resize
-from navit_jax import contrastive, navit, predict_rows, text_tower
+from navit_jax import contrastive, navit, text_tower
 from navit_jax.predict import Model, Unreadable
+from navit_jax.predict.images import Tokens
+from navit_jax.predict.rows import STEP_TOKENS, steps
 
 SIZES = dict(width=32, depth=1, heads=2, mlp_dim=64, patch_size=4)
 CLASSES = ("ant", "bee", "cat")
@@ -149,7 +151,7 @@ def test_what_cannot_be_read_is_said_in_its_place_and_the_others_are_answered(mo
 
 
 def test_an_iterator_gives_a_generator_that_holds_a_bounded_number_of_images(model, monkeypatch):
-    monkeypatch.setitem(predict_rows.STEP_TOKENS, "cpu", 256)
+    monkeypatch.setitem(STEP_TOKENS, "cpu", 256)
     read, some = [], images(9, 20)
 
     def endless():
@@ -196,9 +198,9 @@ def test_two_programs_whatever_comes(compiled):
 def test_every_image_is_in_one_row_once_and_rows_are_full(enlarged, platform):
     rng = np.random.default_rng(0)
     lengths = rng.integers(200, 257, 3000) if enlarged else rng.integers(16, 257, 3000)
-    stream = ((i, predict_rows.Tokens(np.full((n, 1), i % 251, np.uint8), (1, n))) for i, n in enumerate(lengths))
+    stream = ((i, Tokens(np.full((n, 1), i % 251, np.uint8), (1, n))) for i, n in enumerate(lengths))
     shapes, seen, filled = set(), [], []
-    for step in predict_rows.steps(stream, 256, platform=platform, enlarged=enlarged):
+    for step in steps(stream, 256, platform=platform, enlarged=enlarged):
         packed = step.images
         shapes.add((packed.segment_ids.shape, packed.grids.shape))
         for place in step.places:

@@ -16,8 +16,9 @@ from PIL import Image as PillowImage
 import configs.base
 import navit_jax
 from input_pipeline.errors import UserError
-from navit_jax import arguments, checkpoint, host_memory, navit, predict_command, predict_picture, weights
-from navit_jax.predict_picture import Shown
+from navit_jax import arguments, checkpoint, host_memory, navit, weights
+from navit_jax.predict import command, picture
+from navit_jax.predict.picture import Shown
 from navit_jax.weights import Weights, ours
 
 CFG = dict(width=32, depth=1, heads=2, mlp_dim=64, patch_size=4)
@@ -53,7 +54,7 @@ def photos(tmp_path_factory):
 
 
 def call(*words):
-    predict_command.main([str(word) for word in words])
+    command.main([str(word) for word in words])
 
 
 def test_lines_and_json_are_in_the_order_of_the_arguments(exported, photos, capsys):
@@ -92,18 +93,18 @@ def test_patterns_vectors_and_cascades(exported, photos, capsys):
 def test_pictures_are_drawn_with_heat(exported, photos, tmp_path, capsys, headless):
     out = tmp_path / "new" / "grid.png"
     call(exported[headless], photos, "--max-tokens", 16, "--out", out, "--heatmap")
-    picture = matplotlib.image.imread(out)
-    assert picture.shape[1] == round(1200 * predict_picture.SCALE) and picture[..., :3].std() > 0.05
+    pixels = matplotlib.image.imread(out)
+    assert pixels.shape[1] == round(1200 * picture.SCALE) and pixels[..., :3].std() > 0.05
     assert len(capsys.readouterr().out.splitlines()) == (0 if headless else 3)
 
 
 def test_a_picture_shows_heat_where_it_is():
     pixels, heat = np.full((40, 60, 3), 90, np.uint8), np.zeros((2, 3))
     heat[1, 2] = 1.0
-    seen = predict_picture.overlay(pixels, heat).astype(int)
+    seen = picture.overlay(pixels, heat).astype(int)
     height, width = seen.shape[:2]
     hot, cold = seen[-height // 4, -width // 6], seen[height // 4, width // 6]
-    top, bottom = (np.array(to_rgb(predict_picture.colormaps[predict_picture.MAP](x))) * 255 for x in (1.0, 0.0))
+    top, bottom = (np.array(to_rgb(picture.colormaps[picture.MAP](x))) * 255 for x in (1.0, 0.0))
     assert (
         np.abs(hot - top).max() < np.abs(hot - bottom).max() and np.abs(cold - bottom).max() < np.abs(cold - top).max()
     )
@@ -118,7 +119,7 @@ def test_nothing_of_a_picture_overlaps_or_leaves_it():
         )
         for h, w in ((10, 400), (400, 10), (64, 64), (1, 1), (300, 200))
     ]
-    figure = predict_picture.draw([*images, Shown("bad.png", None, "why it could not be read " * 8)], long, "about")
+    figure = picture.draw([*images, Shown("bad.png", None, "why it could not be read " * 8)], long, "about")
     renderer, axes = FigureCanvasAgg(figure).get_renderer(), figure.axes[0]
     left, right, bottom, top = *axes.get_xlim(), *axes.get_ylim()
     pictures = [image.get_extent() for image in axes.images]
@@ -193,7 +194,7 @@ def test_who_reads_the_output_may_leave():
 
 
 def test_help_is_quick():
-    code = "import sys; from navit_jax import predict_command; print({'jax', 'flax', 'numpy'} & set(sys.modules))"
+    code = "import sys; from navit_jax.predict import command; print({'jax', 'flax', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
     run = [sys.executable, "-m", "navit_jax", "predict", "--help"]
     helped = subprocess.run(run, capture_output=True, text=True)

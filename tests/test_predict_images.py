@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 
 from input_pipeline.errors import UserError
 from input_pipeline.patches import unpatchify
-from navit_jax.predict_images import Sizing, Unreadable, in_threads, many
+from navit_jax.predict.images import Sizing, Unreadable, in_threads, many
 
 PATCH = 4
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from input_pipeline.errors import UserError
-from navit_jax.predict_images import Unreadable
+from navit_jax.predict.images import Unreadable
 
 BLOCK = 512  # images of an iterator whose confidences are compared with each other
 

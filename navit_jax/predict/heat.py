@@ -11,7 +11,7 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
 from navit_jax import navit
-from navit_jax.predict_rows import Place
+from navit_jax.predict.rows import Place
 
 POOLS = ("map", "query")
 

@@ -3,7 +3,7 @@
     model = navit_jax.load("runs/quickstart-20260101-120000")
     model.classify(["cat.jpg", array, pillow_image])[0].labels
 
-Images are packed into rows of a few static shapes, each compiled once (`predict_rows`), so their number and sizes cost
+Images are packed into rows of a few static shapes, each compiled once (`rows`), so their number and sizes cost
 no compilation, and what one answer is does not depend on the others. It runs on one device, the first.
 """
 
@@ -19,13 +19,13 @@ from flax import nnx
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Packed
-from navit_jax import contrastive, navit, predict_cascade, predict_rows, predict_texts
-from navit_jax.predict_cascade import Prediction
-from navit_jax.predict_heat import check_heat, heat_logits, heat_of
-from navit_jax.predict_images import Sizing, Unreadable, in_threads, longest_side, many
-from navit_jax.predict_rows import Place
-
-__all__ = ["Model", "Prediction", "Unreadable"]
+from navit_jax import contrastive, navit
+from navit_jax.predict import rows
+from navit_jax.predict.cascade import Cascade, Prediction, prediction, probabilities
+from navit_jax.predict.heat import check_heat, heat_logits, heat_of
+from navit_jax.predict.images import Sizing, in_threads, longest_side, many
+from navit_jax.predict.rows import Place
+from navit_jax.predict.texts import Texts
 
 
 class Model:
@@ -59,11 +59,11 @@ class Model:
         self.graphdef = (contrastive if self.two_towers else navit).abstract(cfg)[0]
         self.device = jax.devices()[0]
         self.params = jax.device_put(jax.tree.map(jnp.asarray, dict(params)), self.device)
-        self.max_tokens, self.threads = max_tokens, threads or predict_rows.cores()
+        self.max_tokens, self.threads = max_tokens, threads or rows.cores()
         self._sizing = dict(bits=bits, background=tuple(background), squash=squash)
         self._programs: dict[tuple, Any] = {}
         self._compiling = threading.Lock()
-        self._texts = predict_texts.Texts(cfg, tokenizer, lower) if self.two_towers else None
+        self._texts = Texts(cfg, tokenizer, lower) if self.two_towers else None
 
     @property
     def compiled(self) -> int:
@@ -113,10 +113,10 @@ class Model:
         """
         if not isinstance(top_k, int) or top_k < 1:
             raise UserError(f"top_k is {top_k!r}; expected a whole number from 1 on")
-        names, probabilities, kind = self._judge(classes, templates)
+        names, judge, kind = self._judge(classes, templates)
 
         def read(arrays: list[np.ndarray], place: Place) -> Prediction:
-            return predict_cascade.prediction(probabilities(arrays[0][place.row, place.slot]), names, top_k, place.grid)
+            return prediction(judge(arrays[0][place.row, place.slot]), names, top_k, place.grid)
 
         if budgets is None:
             if escalate is not None or confidence is not None:
@@ -124,7 +124,7 @@ class Model:
             return self._answer(images, kind, read, max_tokens, enlarge)
         if max_tokens is not None:
             raise UserError("give max_tokens, or the budgets of a cascade, not both")
-        cascade = predict_cascade.Cascade(tuple(budgets), escalate, confidence)
+        cascade = Cascade(tuple(budgets), escalate, confidence)
         sizings = [self._size(budget, enlarge) for budget in cascade.budgets]  # refused before the first image
         stages = [functools.partial(self._answers, kind=kind, read=read, sizing=sizing) for sizing in sizings]
         return many(images, lambda images: cascade(images, stages))
@@ -144,7 +144,7 @@ class Model:
             names, vectors_CD = self._texts.class_vectors(classes, templates, self.embed_texts)
             scale, bias = float(np.exp(self.params["logit_scale"])), float(self.params.get("logit_bias", 0))
             kind = "sigmoid" if "logit_bias" in self.params else "softmax"
-            return names, lambda z: predict_cascade.probabilities(scale * vectors_CD @ z + bias, kind), "vectors"
+            return names, lambda z: probabilities(scale * vectors_CD @ z + bias, kind), "vectors"
         if classes is not None:
             raise UserError("classes= are for two towers; this model has no text tower")
         if not self.image.num_classes:
@@ -153,7 +153,7 @@ class Model:
                 "your own: python train.py --config configs/finetune.py:weights=PATH,folder=PATH"
             )
         kind = "sigmoid" if self.image.head_bias else "softmax"  # a sigmoid loss alone gives the head a first bias
-        return self.classes, lambda logits: predict_cascade.probabilities(logits, kind), "logits"
+        return self.classes, lambda logits: probabilities(logits, kind), "logits"
 
     def _size(self, max_tokens: int | None, enlarge: bool) -> Sizing:
         cfg = self.image
@@ -175,8 +175,8 @@ class Model:
         """Of each image, in order."""
         platform, ahead = self.device.platform, 4 * self.threads + 16
         found = enumerate(in_threads(sizing, images, threads=self.threads, ahead=ahead))
-        steps = predict_rows.steps(found, sizing.max_tokens, platform=platform, enlarged=sizing.enlarge)
-        return predict_rows.in_order(predict_rows.run(steps, functools.partial(self._launch, kind), read))
+        steps = rows.steps(found, sizing.max_tokens, platform=platform, enlarged=sizing.enlarge)
+        return rows.in_order(rows.run(steps, functools.partial(self._launch, kind), read))
 
     def _launch(self, kind: str, packed: Packed) -> tuple[jax.Array, ...]:
         """The program of this kind and these shapes, compiled where it is new, on rows."""
@@ -191,8 +191,8 @@ class Model:
     def _grid_of_tokens(self, arrays: list[np.ndarray], place: Place) -> np.ndarray:
         merged = getattr(self.image, "grid_multiple", 1)  # patches a side that became one token
         here = slice(place.start // merged**2, place.stop // merged**2)
-        rows, columns = (side // merged for side in place.grid)
-        return np.array(arrays[0][place.row, here], np.float32).reshape(rows, columns, -1)
+        sides = (side // merged for side in place.grid)
+        return np.array(arrays[0][place.row, here], np.float32).reshape(*sides, -1)
 
 
 def _forward(graphdef: nnx.GraphDef, kind: str, params: dict, packed: Packed) -> tuple[jax.Array, ...]:

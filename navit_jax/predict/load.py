@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from navit_jax import weights
-from navit_jax.predict import Model
+from navit_jax.predict.model import Model
 
 
 def load(path: str | Path, **options: Any) -> Model:

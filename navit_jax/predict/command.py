@@ -184,8 +184,8 @@ def _tokens(answer: Any) -> str:
 
 def _draw(model: "Model", paths: list[str], answers: list, heat: list, args: argparse.Namespace) -> None:
     """Writes the picture. Raises UserError where it cannot be written."""
-    from navit_jax import predict_picture
-    from navit_jax.predict_images import viewed
+    from navit_jax.predict import picture
+    from navit_jax.predict.images import viewed
 
     shown = []
     for i, (path, answer) in enumerate(zip(paths, answers)):
@@ -194,15 +194,15 @@ def _draw(model: "Model", paths: list[str], answers: list, heat: list, args: arg
         labels, shares = (getattr(answer, name, ())[:5] for name in ("labels", "probabilities"))
         note = reason or (_tokens(answer) if hasattr(answer, "grid") else "")
         shown.append(
-            predict_picture.Shown(
+            picture.Shown(
                 os.path.basename(path), pixels, note, labels, shares, heat[i] if heat and not reason else None
             )
         )
     first = f"the first {len(shown)} of {len(paths)} images" if len(paths) > len(shown) else _count(len(paths))
     about = ", and where each one's vector comes from: the weights of its attention pooling" * bool(heat)
-    figure = predict_picture.draw(shown, f"{args.model}", first + about)
+    figure = picture.draw(shown, f"{args.model}", first + about)
     try:
-        figure.savefig(args.out, dpi=100 * predict_picture.SCALE)
+        figure.savefig(args.out, dpi=100 * picture.SCALE)
     except OSError as error:
         raise _unwritable(args.out, error.strerror) from None
     print(f"{args.out}: {_count(len(shown))}", file=sys.stderr)

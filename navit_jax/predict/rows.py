@@ -17,7 +17,7 @@ import numpy as np
 from input_pipeline.budget import Draws
 from input_pipeline.packed import Packed
 from input_pipeline.packing import Planner
-from navit_jax.predict_images import Tokens, Unreadable
+from navit_jax.predict.images import Tokens, Unreadable
 
 STEP_TOKENS = {"cpu": 4096, "": 32768}  # "": elsewhere; more is no faster on two cores
 ALONE = {"cpu": 2, "": 16}  # where at most this part of a full step is left, rows run one by one
