@@ -171,7 +171,7 @@ def optim() -> ConfigDict:
     c.freeze = ()  # regular expressions of parameters that do not train
     c.clip_norm = 1.0  # of the global gradient; 0: off
     c.ema_decay = 0.0  # 0: no average is kept; evaluation uses it where there is one
-    c.accumulate_steps = 1  # the step's rows in this many parts, weighted by their real images; each communicates
+    c.accumulate_steps = 0  # the step's rows in this many parts, each communicates; 0: 1, on one CPU by its cache
     return c
 
 

@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed
-from navit_jax import contrastive, losses, navit, optim, sharding, text_tower
+from navit_jax import attention, contrastive, losses, navit, optim, sharding, text_tower
 from navit_jax.contrastive_loss import Ids, contrastive_loss
+
+CACHED_TOKENS = 2048  # of a part: less is slower by its small products, more by its trips to memory
 
 Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
 
@@ -60,9 +62,9 @@ def _supervised(config: ConfigDict, classes: int) -> Objective:
 
     frozen = optim.frozen(config.optim, shapes)
     passes = _passes({name: x for name, x in shapes.items() if name != "head"}, frozen)
-    gradient = supervised_gradient(
-        graph, losses.make_loss(config.loss), config.optim.accumulate_steps, optim.hold(frozen)
-    )
+    random = config.model.dropout or config.model.stochastic_depth  # drawn for each part
+    steps = config.optim.accumulate_steps or (1 if random else 0)
+    gradient = supervised_gradient(graph, losses.make_loss(config.loss), steps, optim.hold(frozen))
     return Objective(
         dtype=model.compute_dtype,
         shapes=shapes,
@@ -81,12 +83,12 @@ def _passes(part: dict, frozen: set[str]) -> int:
 
 
 def supervised_gradient(
-    graph: Any, loss: Callable, parts: int = 1, hold: Callable[[dict], dict] = lambda params: params
+    graph: Any, loss: Callable, parts: int = 0, hold: Callable[[dict], dict] = lambda params: params
 ) -> Gradient:
     """Of a loss that is a sum over images, so that rows can be taken in `parts` parts, one at a time in memory.
 
     Over several devices each part's gradients are summed over them: parts cost communication as well as save memory.
-    hold: `optim.hold`.
+    parts 0: `_cached_parts`. hold: `optim.hold`.
     """
 
     def sums(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -96,11 +98,22 @@ def supervised_gradient(
         correct, _ = losses.masked_sum(losses.correct_BK(logits_BKC, batch.labels), mask_BK)
         return total, dict(loss=total, correct=correct, images=count, tokens=_tokens(batch))
 
-    gradient = jax.grad(sums, has_aux=True)
-    return gradient if parts == 1 else partial(_accumulate, gradient, parts)
+    return partial(_accumulate, jax.grad(sums, has_aux=True), parts)
+
+
+def _cached_parts(batch: Batch) -> int:
+    """1, but on a single CPU as many as leave `CACHED_TOKENS` or more to each: whole planned groups of rows."""
+    if attention.platform() != "cpu" or sharding.row_shards() > 1:
+        return 1
+    rows, length = batch.images.segment_ids.shape
+    group = batch.images.capacity.rows if batch.images.capacity else 1
+    return max(n for n in range(1, max(2, rows * length // CACHED_TOKENS + 1)) if n == 1 or rows % (n * group) == 0)
 
 
 def _accumulate(gradient: Gradient, parts: int, params: dict, batch: Batch, key: jax.Array) -> tuple[dict, dict]:
+    parts = parts or _cached_parts(batch)
+    if parts == 1:
+        return gradient(params, batch, key)
     batch, group = _group(batch, parts)
     slices = _slices(batch, parts, group)
 
@@ -227,4 +240,6 @@ def _lengths(packed: Packed) -> np.ndarray:
 
 def parts(config: ConfigDict) -> int:
     """In how many equal parts the model sees a step's rows."""
-    return config.contrastive.cache_parts if config.objective == "contrastive" else config.optim.accumulate_steps
+    if config.objective == "contrastive":
+        return config.contrastive.cache_parts
+    return config.optim.accumulate_steps or 1  # those of a single CPU fit the rows by themselves

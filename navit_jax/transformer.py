@@ -23,7 +23,9 @@ from navit_jax.attention import Groups
 REMAT = {  # what the backward pass is given, from the most memory to the least
     "none": None,  # all that it asks for
     "light": jax.checkpoint_policies.save_from_both_policies(  # no product with weights is computed twice
-        jax.checkpoint_policies.save_only_these_names("q", "k", "v", *attention.KEPT, "middle", "up", "gate"),
+        jax.checkpoint_policies.save_only_these_names(
+            "q", "k", "v", *attention.KEPT, "middle", "up", "gate", "moments"
+        ),
         attention.kept,
     ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the products with weights

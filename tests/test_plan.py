@@ -265,7 +265,7 @@ def test_what_is_tried_to_make_it_fit(monkeypatch, state, activations, expected)
     """state and activations as shares of a chip's memory; tried: remat, fsdp, parts of a step, until one fits."""
 
     def peak(config):
-        mine = activations * SAVES[config.model.remat] / config.optim.accumulate_steps
+        mine = activations * SAVES[config.model.remat] / (config.optim.accumulate_steps or 1)
         return V5E.hbm * (state / config.mesh.fsdp + mine)
 
     monkeypatch.setattr(step, "compile_step", fake_compile(peak))
@@ -275,7 +275,7 @@ def test_what_is_tried_to_make_it_fit(monkeypatch, state, activations, expected)
     found = plan.plan(config, "v5e:2x4", lambda line: None)
     assert not found.fits
     tried = [attempt.config for _, attempt in found.attempts]
-    assert [f"{c.model.remat} {c.mesh.fsdp} {c.optim.accumulate_steps}" for c in tried] == expected
+    assert [f"{c.model.remat} {c.mesh.fsdp} {c.optim.accumulate_steps or 1}" for c in tried] == expected
     fits = [attempt.fits for _, attempt in found.attempts]
     assert not any(fits[:-1]) and fits[-1] == (state < 9)
     assert (", " if fits[-1] else "Fewer rows") in plan.report(found).splitlines()[-1]

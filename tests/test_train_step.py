@@ -68,6 +68,30 @@ def test_accumulation_equals_the_undivided_step(parts, capacity):
         assert np.allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "tokens, capacity, parts",
+    [(24, None, 4), (48, None, 2), (40, None, 2), (24, Capacity(2, ((1, 16), (3, 8))), 2), (2048, None, 1)],
+)
+def test_one_cpu_takes_what_its_cache_holds_and_the_sums_are_the_same(monkeypatch, tokens, capacity, parts):
+    """Four rows of 24 tokens; groups of two rows stay together."""
+    monkeypatch.setattr(objectives, "CACHED_TOKENS", tokens)
+    batch = make_batch(0, capacity)
+    assert objectives._cached_parts(batch) == parts
+    ((_, (seen,)), (_, (again,))) = run(steps=1), run(steps=1, accumulate=0, capacity=capacity)
+    assert np.allclose(seen["loss"], again["loss"], rtol=1e-5)
+    assert np.allclose(seen["grad_norm"], again["grad_norm"], rtol=1e-4)
+
+
+def test_rows_over_several_devices_are_not_cut_for_a_cache(monkeypatch):
+    monkeypatch.setattr(objectives, "CACHED_TOKENS", 24)
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES)
+    assert mesh.size == 1
+    with sharding.under(mesh):
+        assert objectives._cached_parts(make_batch(0)) == 4
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 1), sharding.AXES)):
+        assert objectives._cached_parts(make_batch(0)) == 1
+
+
 def test_the_gradient_is_the_mean_over_real_images():
     graph, state, step = make()
     batch = make_batch(0)

@@ -96,16 +96,26 @@ def test_layer_scale_of_zero_leaves_the_residual_alone():
     assert np.abs(branches[0]).max() > 0.01
 
 
-def test_layer_norm_gradients_against_automatic_ones():
-    def plain(x, scale):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale
+@pytest.mark.parametrize("kind", layers.NORMS)
+@pytest.mark.parametrize("heads", [(), (5,)], ids=["one scale", "a scale a head"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 1e-2)])
+def test_norms_and_their_gradients_against_float64(kind, heads, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, d = (jnp.asarray(rng.standard_normal((3, 4, 5, 7)) * 2 + shift, dtype) for shift in (3, 0))
+    scale = jnp.asarray(rng.standard_normal((*heads, 7)), jnp.float32)
 
-    x, d, scale = (jnp.asarray(a) for a in np.random.default_rng(0).standard_normal((3, 4, 5, 7)).astype(np.float32))
-    out, pull = jax.vjp(layers.scaled_norm, 3 + 2 * x, scale[0, 0])
-    expected, pull_plain = jax.vjp(plain, 3 + 2 * x, scale[0, 0])
-    for a, b in zip((out, *pull(d)), (expected, *pull_plain(d))):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    def plain(x, scale):
+        centred = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-3) * scale
+
+    out, pull = jax.vjp(lambda x, scale: layers.scaled_norm(x, scale, kind, 1e-3), x, scale)
+    found = out, *pull(d)
+    assert [a.dtype for a in found] == [x.dtype, x.dtype, scale.dtype]
+    with jax.enable_x64(True):
+        x, d, scale = (np.asarray(a, np.float64) for a in (x, d, scale))
+        out, pull = jax.vjp(plain, x, scale)
+        for a, b in zip(found, (out, *pull(d)), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max())
 
 
 def test_stochastic_depth_takes_whole_images_at_its_rate():

@@ -82,7 +82,7 @@ def make_groups(
     Raises UserError for a backend that is unknown or cannot do this.
     """
     rows = ids_BL.shape[0] // sharding.row_shards()
-    case = Case(_platform(), rows, ids_BL.shape[1], head_dim, jnp.dtype(dtype), contiguous, capacity)
+    case = Case(platform(), rows, ids_BL.shape[1], head_dim, jnp.dtype(dtype), contiguous, capacity)
     name, ids_BL = choose(backend, case), jnp.asarray(ids_BL, jnp.int32)
     return Groups(ids_BL, _backend(name).prepare(ids_BL, capacity), name)
 
@@ -138,7 +138,7 @@ def rule(case: Case) -> tuple[str, ...]:
     return ("cudnn", *slabs, "dense") if long else ("dense",)
 
 
-def _platform() -> str:
+def platform() -> str:
     """Of the devices that the step is compiled for, which need not be here."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device

@@ -173,11 +173,12 @@ def _candidates(found: Plan, tried: list[tuple[dict, Plan]]) -> Iterator[dict]:
             yield most
     last = tried[-1][1] if tried else found
     left = hbm - step.bytes_a_chip(last.compiled.state)
-    rows = config.packing.rows_per_step // (mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps)
+    before = config.optim.accumulate_steps or 1
+    rows = config.packing.rows_per_step // (mesh.shape["data"] * mesh.shape["fsdp"] * before)
     needed = (last.compiled.memory["peak"] - step.bytes_a_chip(last.compiled.state)) / max(left, 1)
     parts = next((n for n in (2, 4, 8, 16, 32, 64) if n >= 1.2 * needed and rows % n == 0), 0)  # sums take some too
     if left > 0 and parts:
-        yield most | {"optim.accumulate_steps": config.optim.accumulate_steps * parts}
+        yield most | {"optim.accumulate_steps": before * parts}
 
 
 def _split(found: Plan, state: int) -> int:
