@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of native NaViT, instead of seconds: repeats a run")
     parser.add_argument("--lr", type=float, default=0.0, help=f"one learning rate for all three, instead of {rates}")
     parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
-    parser.add_argument("--out", type=Path, default=Path("docs/native_vs_square"), help="of the .md and .png")
+    parser.add_argument("--out", type=Path, default=Path("docs/native_vs_square"), help="of the .md and .webp")
     args = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
-    page, image = (args.out.with_name(args.out.name + suffix) for suffix in (".md", ".png"))
+    page, image = (args.out.with_name(args.out.name + suffix) for suffix in (".md", ".webp"))
     page.parent.mkdir(parents=True, exist_ok=True)
     try:
         results = compare(args.seconds, args.steps, args.lr)

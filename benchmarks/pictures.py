@@ -99,24 +99,23 @@ def tokens(path: Path) -> None:
 
 
 def speed(path: Path) -> None:
-    """Images a second of a training step beside the peer's, one pair of bars a row length."""
+    """Images a second of a training step beside each peer's, a pair of bars a peer and length of row."""
     found = [row for row in json.loads((DATA / "train_step.json").read_text()) if row["unit"] == "images/s"]
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.6, 0.62 * len(found) + 1), dpi=130, layout="constrained")
     axes = figure.subplots()
-    x = np.arange(len(found))
-    peers = list(dict.fromkeys(row["name"].split(" L")[0] for row in found))
-    other = f"{peers[0]} NaViT" if len(peers) == 1 else "the other"
-    for side, name, colour, shift in (("ours", "navit_jax", OURS, -0.2), ("peer", other, OTHER, 0.2)):
-        bars = axes.bar(x + shift, [row[side] for row in found], 0.38, color=colour, label=name)
-        axes.bar_label(bars, fmt="%.1f", color=INK, fontsize=11, padding=2)
-    top = max(row["ours"] for row in found)
-    for place, row in zip(x, found, strict=True):
-        axes.text(place, 1.17 * top, f"x {row['ratio']:.2f}", ha="center", color=OURS, fontsize=13, weight="bold")
+    y, most = np.arange(len(found)), max(max(row["ours"], row["peer"]) for row in found)
+    for side, name, colour, shift in (("ours", "navit_jax", OURS, -0.19), ("peer", "the other", OTHER, 0.19)):
+        bars = axes.barh(y + shift, [row[side] for row in found], 0.36, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.1f", color=INK, fontsize=10, padding=3)
+    for place, row in zip(y, found, strict=True):
+        axes.text(1.2 * most, place, f"x {row['ratio']:.2f}", va="center", color=OURS, fontsize=12, weight="bold")
     cases = [row["name"].partition(" L") for row in found]
-    names = [f"{f'{peer} ' * (len(peers) > 1)}{f'rows of {length} tokens' * bool(length)}" for peer, _, length in cases]
-    _bars(axes, x, names, "images/s of a training step, CPU")
-    axes.set_ylim(0, 1.45 * top)
-    axes.legend(loc="upper center", ncol=2, frameon=False, fontsize=11, labelcolor=INK)
+    axes.set_yticks(y, [f"{peer}{f', rows of {length}' * bool(length)}" for peer, _, length in cases])
+    axes.set_xlabel("images/s of a training step, CPU", color=INK, fontsize=11)
+    axes.set(xlim=(0, 1.38 * most), ylim=(len(found) - 0.5, -1.2))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=INK, length=0)
+    axes.legend(loc="upper right", ncol=2, frameon=False, fontsize=10, labelcolor=INK)
     _save(figure, path)
 
 
