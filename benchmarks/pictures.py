@@ -28,7 +28,7 @@ from navit_jax.row_picture import COLOURS
 DATA = Path("docs/data")
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 OURS, OTHER, THIRD = "#2f6fde", "#b9c2cc", "#dde2e8"
-TRAINED = 4, 16  # tokens of the smallest and the largest image of the run behind `tokens`
+TRAINED = 4, 36  # tokens of the smallest and the largest image of the run behind `tokens`
 
 
 def mask(path: Path) -> None:
@@ -93,7 +93,7 @@ def tokens(path: Path) -> None:
     axes.set_ylabel("top-1 accuracy, %", color=INK, fontsize=11)
     axes.set_ylim(0, 1.1)
     axes.set_yticks(np.linspace(0, 1, 6), range(0, 101, 20))
-    axes.set_title(f"One small NaViT on {rows[0]['images']:.0f} held-out digits", color=INK, fontsize=12)
+    axes.set_title(f"One small NaViT on {rows[0]['images']:.0f} held-out shapes", color=INK, fontsize=12)
     _plain(axes)
     _save(figure, path)
 
