@@ -67,20 +67,30 @@ def scaled_norm(x: jax.Array, scale: jax.Array, kind: str = "layer", eps: float 
 
 def _norm_forward(x: jax.Array, scale: jax.Array, kind: str, eps: float) -> tuple[jax.Array, tuple]:
     wide = x.astype(jnp.float32)
-    mean = keep(wide.mean(-1, keepdims=True), "moments") if kind == "layer" else 0.0
-    inverse = keep(jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps), "moments")
+    mean = keep(_mean(wide), "moments") if kind == "layer" else 0.0
+    inverse = keep(jax.lax.rsqrt(_mean(jnp.square(wide - mean)) + eps), "moments")
     return ((wide - mean) * inverse * scale).astype(x.dtype), (x, scale, mean, inverse)
 
 
 def _norm_backward(kind: str, eps: float, kept: tuple, d: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, scale, mean, inverse = kept
     unit, wide = (x.astype(jnp.float32) - mean) * inverse, d.astype(jnp.float32)
-    d_scale = (wide * unit).sum(tuple(range(x.ndim - scale.ndim)))
-    d_unit = wide * scale
-    d_x = d_unit - unit * (d_unit * unit).mean(-1, keepdims=True)
+    product = wide * unit
+    d_x = wide * scale - unit * _mean(product * scale)
     if kind == "layer":
-        d_x = d_x - d_unit.mean(-1, keepdims=True)
+        d_x = d_x - _mean(wide * scale)
+    d_scale = product.sum(tuple(range(x.ndim - scale.ndim)))
     return (inverse * d_x).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis, which stays. XLA's CPU library sums and what is fused to that on one thread: there a product
+    with ones makes a norm's backward pass two to four times as fast."""
+
+    def by_product(x: jax.Array) -> jax.Array:
+        return (x @ jnp.ones((x.shape[-1], 1), x.dtype)) / x.shape[-1]
+
+    return jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: x.mean(-1, keepdims=True))
 
 
 scaled_norm.defvjp(_norm_forward, _norm_backward)
