@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as keep
 
+from navit_jax import cpu
+
 NORMS = ("layer", "rms")
 MLPS = ("gelu_tanh", "gelu", "quick_gelu", "swiglu")  # the last has a gate: silu(gate) * up
 
@@ -84,13 +86,8 @@ def _norm_backward(kind: str, eps: float, kept: tuple, d: jax.Array) -> tuple[ja
 
 
 def _mean(x: jax.Array) -> jax.Array:
-    """Over the last axis, which stays. XLA's CPU library sums and what is fused to that on one thread: there a product
-    with ones makes a norm's backward pass two to four times as fast."""
-
-    def by_product(x: jax.Array) -> jax.Array:
-        return (x @ jnp.ones((x.shape[-1], 1), x.dtype)) / x.shape[-1]
-
-    return jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: x.mean(-1, keepdims=True))
+    """Over the last axis, which stays."""
+    return cpu.sum_rows(x) / x.shape[-1]
 
 
 scaled_norm.defvjp(_norm_forward, _norm_backward)
@@ -117,13 +114,16 @@ class Mlp(nnx.Module):
 
 @jax.custom_vjp
 def _gelu_tanh(x: jax.Array) -> jax.Array:
-    """JAX's own gradient of it passes over the [B, L, F] array three times on a CPU, this one once."""
+    """JAX's own gradient of it passes over the [B, L, F] array three times on a CPU, this one once.
+
+    Its tanh is computed again: kept from the forward pass that a layer repeats, it would be another array to fetch.
+    """
     return jax.nn.gelu(x, approximate=True)
 
 
 def _gelu_tanh_backward(x: jax.Array, d: jax.Array) -> tuple[jax.Array]:
     scale = np.sqrt(2 / np.pi).astype(np.float32)
-    wide = x.astype(jnp.float32)
+    wide = cpu.pin(x).astype(jnp.float32)
     tanh = jnp.tanh(scale * (wide + 0.044715 * wide**3))
     slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * scale * (1 + 3 * 0.044715 * wide * wide)
     return ((d * slope).astype(x.dtype),)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
 
 from input_pipeline.capacity import Capacity
+from navit_jax.cpu import pin, sum_rows
 
 MASKED = -1e30  # finite: -inf would give NaN gradients in rows that are all padding
 
@@ -49,7 +50,7 @@ def _forward(q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, ids_BL: ja
 def _backward(kept: tuple, d_out_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, out_BLNH, log_sum_BNL1, ids_BL = kept
     d_out = pin(jnp.where(ids_BL[:, :, None, None] > 0, d_out_BLNH, 0).swapaxes(1, 2))
-    slope_BNL1 = (out_BLNH.astype(jnp.float32) * d_out_BLNH).sum(-1, keepdims=True).swapaxes(1, 2)
+    slope_BNL1 = sum_rows(out_BLNH.astype(jnp.float32) * d_out_BLNH).swapaxes(1, 2)
     grads = backward(q, k, v, _same(ids_BL), log_sum_BNL1, d_out, slope_BNL1)
     return *(x.swapaxes(1, 2) for x in grads), None
 
@@ -104,8 +105,3 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _dot_transposed(weights_BNLM: jax.Array, x_BNLH: jax.Array) -> jax.Array:
     """weights^T x for each head, [B, N, M, H]."""
     return pin(_dot("BNHL,BNLM->BNHM", pin(x_BNLH.swapaxes(2, 3)), weights_BNLM)).swapaxes(2, 3)
-
-
-def pin(x: jax.Array) -> jax.Array:
-    """Keeps the CPU compiler from folding a transpose back into the product next to it."""
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

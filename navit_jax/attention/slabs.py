@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from input_pipeline.capacity import Capacity
 from navit_jax.attention import dense
 from navit_jax.attention.devices import on_each_device
+from navit_jax.cpu import pin, sum_rows
 
 
 class Places(NamedTuple):
@@ -118,7 +119,7 @@ def _backward(slabs: tuple, kept: tuple, d_out_BLNH: jax.Array) -> tuple:
     q, k, v, out_BLNH, log_sums, at = kept
     reals = _cut(slabs, at.real_QS)
     # Row sums of out * d_out before they are gathered: N numbers a token rather than N * H.
-    slope_BLN1 = (out_BLNH.astype(jnp.float32) * d_out_BLNH).sum(-1, keepdims=True)
+    slope_BLN1 = sum_rows(out_BLNH.astype(jnp.float32) * d_out_BLNH)
     d_out, slope = (
         [jnp.where(real[:, None, :, None], x, 0) for real, x in zip(reals, _to_slabs(slabs, x, at), strict=True)]
         for x in (d_out_BLNH, slope_BLN1)
@@ -142,7 +143,7 @@ def _to_slabs(slabs: tuple, x_BLNH: jax.Array, at: Places) -> list[jax.Array]:
     x_QTD = x_BLNH.reshape(*at.places_QT.shape, -1)
     x_QSD = jnp.take_along_axis(x_QTD, at.tokens_QS[..., None], axis=1, mode="promise_in_bounds")
     heads = x_BLNH.shape[2:]
-    return [dense.pin(x.reshape(*x.shape[:2], *heads).swapaxes(1, 2)) for x in _cut(slabs, x_QSD)]
+    return [pin(x.reshape(*x.shape[:2], *heads).swapaxes(1, 2)) for x in _cut(slabs, x_QSD)]
 
 
 def _from_slabs(xs: Sequence[jax.Array], at: Places, shape: tuple[int, ...]) -> jax.Array:
