@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
 from input_pipeline.packed import Batch, Packed
-from navit_jax import attention, contrastive, losses, navit, optim, sharding, text_tower
+from navit_jax import contrastive, losses, navit, optim, sharding, text_tower
 from navit_jax.contrastive_loss import Ids, contrastive_loss
 
-CACHED_TOKENS = 2048  # of a part: less is slower by its small products, more by its trips to memory
+CACHED_TOKENS = 2048  # of a part: more takes more memory and no less time, less is slower by its small products
 
 Gradient = Callable[[dict, Batch, jax.Array], tuple[dict, dict]]  # (params, batch, key) -> (gradients, metrics), sums
 
@@ -103,7 +103,7 @@ def supervised_gradient(
 
 def _cached_parts(batch: Batch) -> int:
     """1, but on a single CPU as many as leave `CACHED_TOKENS` or more to each: whole planned groups of rows."""
-    if attention.platform() != "cpu" or sharding.row_shards() > 1:
+    if sharding.platform() != "cpu" or sharding.row_shards() > 1:
         return 1
     rows, length = batch.images.segment_ids.shape
     group = batch.images.capacity.rows if batch.images.capacity else 1

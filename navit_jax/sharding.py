@@ -144,6 +144,13 @@ def row_shards() -> int:
     return int(np.prod([mesh.shape.get(axis, 1) for axis in BATCH]))
 
 
+def platform() -> str:
+    """Of the devices that the step is compiled for, which need not be here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def under(mesh: Mesh) -> Any:
     """The context in which `constrain` pins: open it inside of the function that is compiled."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

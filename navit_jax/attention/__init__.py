@@ -82,7 +82,7 @@ def make_groups(
     Raises UserError for a backend that is unknown or cannot do this.
     """
     rows = ids_BL.shape[0] // sharding.row_shards()
-    case = Case(platform(), rows, ids_BL.shape[1], head_dim, jnp.dtype(dtype), contiguous, capacity)
+    case = Case(sharding.platform(), rows, ids_BL.shape[1], head_dim, jnp.dtype(dtype), contiguous, capacity)
     name, ids_BL = choose(backend, case), jnp.asarray(ids_BL, jnp.int32)
     return Groups(ids_BL, _backend(name).prepare(ids_BL, capacity), name)
 
@@ -136,13 +136,6 @@ def rule(case: Case) -> tuple[str, ...]:
     if case.platform == "tpu":
         return ("splash", "flash", "dense") if case.length > 1024 else ("flash", "dense") if long else ("dense",)
     return ("cudnn", *slabs, "dense") if long else ("dense",)
-
-
-def platform() -> str:
-    """Of the devices that the step is compiled for, which need not be here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def _backend(name: str) -> Any:
