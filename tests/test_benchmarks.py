@@ -111,7 +111,7 @@ def test_the_command_writes_page_picture_and_rows(monkeypatch, tmp_path):
     monkeypatch.setattr(equal_compute, "POINTS", 2)
     native_vs_square.main(["--steps", "4", "--out", str(tmp_path / "a/page"), "--json", str(tmp_path / "rows.json")])
     page = (tmp_path / "a/page.md").read_text()
-    assert page.count("\n| --- |") == 2 and common.machine() in page and (tmp_path / "a/page.png").exists()
+    assert page.count("\n| --- |") == 2 and common.machine() in page and (tmp_path / "a/page.webp").exists()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(row["ratio"] == pytest.approx(row["ours"] / row["peer"]) for row in rows)
     models = SimpleNamespace(native=rows[0]["details"][0], peers=[row["details"][1] for row in rows[:2]])
