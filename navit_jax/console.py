@@ -1,7 +1,5 @@
 """What a run says and checks before its first step and after its last."""
 
-import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from configs.recipes import EMBEDDED
 from input_pipeline.errors import UserError
-from navit_jax import distributed, navit, objectives
+from navit_jax import distributed, host_memory, navit, objectives
 
 
 class _BarHandler(logging.Handler):
@@ -195,14 +193,8 @@ def compile_step(step: Any, *args: Any) -> Any:
     print("compiling the step ...", end=" ", flush=True)
     compiled = step.lower(*args).compile()
     print(f"{time.perf_counter() - start:.1f} s", flush=True)
-    release_memory()
+    host_memory.release()
     return compiled
-
-
-def release_memory() -> None:
-    """Gives freed memory back to the system, where the C library is glibc: compiling leaves 200 MiB of it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def non_finite(workdir: Path, step: int, index: np.ndarray, sums: dict, names: Callable, last: int | None) -> UserError:
