@@ -67,8 +67,9 @@ def plan_step(grids_I2: np.ndarray, length: int, rows: int) -> Step:
         index = order[at % len(order)]
         return Draws(index, np.zeros((len(at), 4)), grids_I2[index], tokens[index])
 
-    group = capacity.group_rows(0, rows)
-    profile = capacity.choose([tokens], rows=group, row_length=length, longest=int(tokens.max()))
+    longest = int(tokens.max())
+    group = capacity.group_rows(0, rows, row_length=length, longest=longest)
+    profile = capacity.choose([tokens], rows=group, row_length=length, longest=longest)
     options = dict(length=length, capacity=profile, restore_dropped=False)
     slots = dry_run.choose_slots(draw, len(order), slots=0, **options)
     planner = packing.Planner(draw, slots=slots, **options)

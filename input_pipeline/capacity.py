@@ -4,7 +4,7 @@ Attention that gathers images of similar length costs sum(n m^2) for slabs of n 
 of L tokens costs L^2 (35 times more at L = 4096), but n must be known when the step is compiled. So the planner keeps
 each group of rows within one profile, chosen before the run. It is near the mean group, not near the worst: images that
 a group has no place for wait for a later one, which smooths what a random group would hold. At L = 1024 (benchmarks.
-packing) slabs have 1.38 times the tokens and 1.51 times the query-key pairs of the images, where a profile for 99 % of
+packing) slabs have 1.38 times the tokens and 1.55 times the query-key pairs of the images, where a profile for 99 % of
 random groups would have 2.3 and 3.1.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 _SLABS = 8  # at most: each is a few more products in every layer; 6 would cost 5 % more slots, 10 % more pairs
 _SPARE = 0.1  # more places than a mean group needs: at 0.05 padding is up to 5 times as much, at 0.15 hardly less
 _STEP = 8  # lengths are multiples of it
+_MOST = 12  # of the longest images in a group
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,14 @@ def _longer(lengths: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.where(edges < edges[-1], above, 0) / lengths.sum()
 
 
-def group_rows(configured: int, rows: int) -> int:
-    """G for steps of `rows`: what the configured one, or 8 with 0, has in common with them."""
-    return math.gcd(configured or 8, rows)
+def group_rows(configured: int, rows: int, *, row_length: int, longest: int) -> int:
+    """G for steps of `rows`: what the configured one has in common with them.
+
+    0: the largest divisor of them, at most 12, that holds at most about 12 images of the `longest` tokens. A profile
+    needs the room of about 8 to follow the images closely; with more nothing is gained, and a step has fewer groups to
+    divide into.
+    """
+    if configured:
+        return math.gcd(configured, rows)
+    most = max(1, min(_MOST, round(_MOST * longest / row_length)))
+    return max(n for n in range(1, most + 1) if rows % n == 0)

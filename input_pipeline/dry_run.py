@@ -79,7 +79,7 @@ def plan_options(config: ConfigDict, samplers: Sequence[Sampler], length: int, r
     ]
     kept = [draw(np.arange(images)).keep for draw, images in looks]
     longest = max(sampler.largest_kept for sampler in samplers)
-    group = capacity.group_rows(p.rows_per_group, rows)
+    group = capacity.group_rows(p.rows_per_group, rows, row_length=length, longest=longest)
     plan["capacity"] = capacity.choose(kept, rows=group, row_length=length, longest=longest)
     slots = p.images_per_row if train else 0
     return plan | dict(slots=max(choose_slots(draw, images, slots=slots, **plan) for draw, images in looks))

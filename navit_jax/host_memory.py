@@ -19,10 +19,10 @@ _kept = False
 class _Info(ctypes.Structure):
     """glibc's struct mallinfo2, in bytes."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = [(f"before_{i}", ctypes.c_size_t) for i in range(8)] + [
+        ("free", ctypes.c_size_t),
+        ("top", ctypes.c_size_t),
+    ]
 
 
 def keep() -> None:
@@ -57,7 +57,7 @@ def _set_aside(libc: ctypes.CDLL) -> None:
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.free.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_void_p], [ctypes.c_long]
     libc.mallinfo2.restype = _Info
-    free, end, size = libc.mallinfo2().fordblks, libc.sbrk(0), _WHOLE
+    free, end, size = libc.mallinfo2().free, libc.sbrk(0), _WHOLE
     while size >= _LEAST and free > 0:  # the latter ends it where the heap does not grow upwards
         piece = libc.malloc(size)
         if piece and piece + size <= end:

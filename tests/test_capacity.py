@@ -106,8 +106,11 @@ def test_what_is_no_profile_is_refused(slabs):
 
 
 def test_rows_of_a_group():
-    assert [capacity.group_rows(0, rows) for rows in (1, 2, 6, 8, 24, 64)] == [1, 2, 2, 8, 8, 8]
-    assert [capacity.group_rows(16, rows) for rows in (64, 8, 24)] == [16, 8, 8]  # a step of an evaluation may be short
+    square = dict(row_length=256, longest=256)
+    assert [capacity.group_rows(0, rows, **square) for rows in (1, 2, 6, 8, 24, 64)] == [1, 2, 6, 8, 12, 8]
+    assert [capacity.group_rows(0, 24, row_length=n, longest=256) for n in (512, 1024, 2048, 8192)] == [6, 3, 2, 1]
+    # a step of an evaluation may be short
+    assert [capacity.group_rows(16, rows, **square) for rows in (64, 8, 24)] == [16, 8, 8]
     config = base.get_config()
     config.packing.update(rows_per_step=12, rows_per_group=8)
     with pytest.raises(UserError, match=r"packing.rows_per_group is 8; expected a divisor of packing.rows_per_step=12"):

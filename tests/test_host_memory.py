@@ -25,9 +25,9 @@ def use(size):
 if sys.argv[1] == "keep":
     host_memory.keep()
 blocks = [use(20_000 + 4_000 * (i % 500)) for i in range(2000)]
+before = resident()
 for block in blocks[::2]:
     libc.free(block)
-before = resident()
 host_memory.release()
 returned = before - resident()
 workspaces = [use(100_000 + i) for i in range(200)]

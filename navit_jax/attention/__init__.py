@@ -130,7 +130,7 @@ def rule(case: Case) -> tuple[str, ...]:
     On a CPU slabs pay where they hold fewer pairs of tokens than rows do; tiles from L=512 (`benchmarks.attention`).
     """
     long = case.length > 256
-    slabs = ("slabs",) if case.capacity and case.capacity.pairs < 0.8 * case.capacity.rows * case.length**2 else ()
+    slabs = ("slabs",) if case.capacity and case.capacity.pairs < case.capacity.rows * case.length**2 else ()
     if case.platform == "cpu":
         return (*slabs, "tiles", "dense") if long else (*slabs, "dense")
     if case.platform == "tpu":
