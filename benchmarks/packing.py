@@ -3,7 +3,7 @@
     python -m benchmarks.packing [--json FILE] [--quick]
 
 Sizes: `tests/data/sizes_100k.npz`. A: side U(64, 256), beta dropping with mean 0.36 (about 70 tokens an image). B: area
-of 16 to 1024 tokens, no dropping (about 500 tokens). Ours keeps groups of 2 to 8 rows within a capacity profile, without and
+of 16 to 1024 tokens, no dropping (about 500 tokens). Ours keeps groups of rows within a capacity profile, without and
 with restored tokens. Peers, which keep to none: next-fit, which the PyTorch versions use (a full row is never looked at
 again), and Grain's first-fit over 16 bins, of 20,000 images as it takes its time. Slots and pairs: tokens and query-key
 pairs of the profile's slabs against those of the images; dense: the pairs of whole rows. Planning includes the draws.
