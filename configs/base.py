@@ -37,9 +37,7 @@ def packing() -> ConfigDict:
     c.row_length = 256  # L, tokens a row: as many as the largest image has, or more
     c.rows_per_step = 8  # B, over all devices
     c.images_per_row = 0  # K, slots a row; 0: twice the mean, from a dry run of the planner
-    c.rows_per_group = (
-        0  # G, rows that share a capacity profile; a device wants whole groups. 0: about 12 longest images
-    )
+    c.rows_per_group = 0  # G, rows of one capacity profile; a device wants whole groups; 0: about 12 longest images
     c.look_ahead = 512  # images that wait for the row that they fill best
     c.restore_dropped = True  # fill a closed row's gap with tokens that its images had dropped
     return c
