@@ -2,7 +2,8 @@
 
 The images of a group of rows, longest first, go to the slabs of its `Capacity`, [n, m] tokens each: dense attention
 with masked keys in each slab costs sum(n m^2), about the same at any L. Which token goes where is derived once a step;
-a layer gathers both ways, also in its backward pass, because scatters are slow.
+a layer gathers both ways, also in its backward pass, because scatters are slow. What it gathers are the H numbers of a
+token's head, so that what arrives is head-major: half the time of gathering tokens and transposing them.
 """
 
 from collections.abc import Sequence
@@ -106,11 +107,12 @@ def _attend(slabs: tuple, q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Arra
 def _forward(
     slabs: tuple, q_BLNH: jax.Array, k_BLNH: jax.Array, v_BLNH: jax.Array, at: Places
 ) -> tuple[jax.Array, tuple]:
-    q, k, v = (_to_slabs(slabs, x, at) for x in (q_BLNH, k_BLNH, v_BLNH))
+    rows = _rows_of_tokens(slabs, at, q_BLNH.shape[2])
+    q, k, v = (_to_slabs(x, rows) for x in (q_BLNH, k_BLNH, v_BLNH))
     masks = [real[:, None, None, :] for real in _cut(slabs, at.real_QS)]
     outs, log_sums = zip(*map(dense.forward, q, k, v, masks), strict=True)
     fits_B111 = jnp.repeat(at.fits_Q, q_BLNH.shape[0] // at.fits_Q.size)[:, None, None, None]
-    out_BLNH = keep(jnp.where(fits_B111, _from_slabs(outs, at, q_BLNH.shape), jnp.nan), "attended")
+    out_BLNH = keep(jnp.where(fits_B111, _from_slabs(slabs, outs, at, q_BLNH.shape), jnp.nan), "attended")
     log_sums = [keep(x, "log_sum") for x in log_sums]
     return out_BLNH, (q, k, v, out_BLNH, log_sums, at)
 
@@ -120,13 +122,14 @@ def _backward(slabs: tuple, kept: tuple, d_out_BLNH: jax.Array) -> tuple:
     reals = _cut(slabs, at.real_QS)
     # Row sums of out * d_out before they are gathered: N numbers a token rather than N * H.
     slope_BLN1 = sum_rows(out_BLNH.astype(jnp.float32) * d_out_BLNH)
+    rows = _rows_of_tokens(slabs, at, d_out_BLNH.shape[2])
     d_out, slope = (
-        [jnp.where(real[:, None, :, None], x, 0) for real, x in zip(reals, _to_slabs(slabs, x, at), strict=True)]
+        [jnp.where(real[:, None, :, None], x, 0) for real, x in zip(reals, _to_slabs(x, rows), strict=True)]
         for x in (d_out_BLNH, slope_BLN1)
     )
-    masks = [real[:, None, None, :] for real in reals]
+    masks = [real[:, None, :, None] for real in reals]
     grads = zip(*map(dense.backward, q, k, v, masks, log_sums, d_out, slope), strict=True)
-    return *(_from_slabs(d, at, d_out_BLNH.shape) for d in grads), None
+    return *(_from_slabs(slabs, d, at, d_out_BLNH.shape) for d in grads), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -138,17 +141,32 @@ def _cut(slabs: tuple, x_QS: jax.Array) -> list[jax.Array]:
     return [x.reshape(-1, m, *x.shape[2:]) for x, (_, m) in zip(jnp.split(x_QS, ends, axis=1), slabs, strict=True)]
 
 
-def _to_slabs(slabs: tuple, x_BLNH: jax.Array, at: Places) -> list[jax.Array]:
+def _rows_of_tokens(slabs: tuple, at: Places, heads: int) -> list[jax.Array]:
+    """Which row of [B * L * N, H] each head of each place holds: [Q * n, N, m] int32 of each slab."""
+    groups, tokens = at.places_QT.shape
+    tokens_QS = at.tokens_QS + tokens * np.arange(groups, dtype=np.int32)[:, None]
+    return [pin(heads * x[:, None] + np.arange(heads, dtype=np.int32)[:, None]) for x in _cut(slabs, tokens_QS)]
+
+
+def _to_slabs(x_BLNH: jax.Array, rows: list[jax.Array]) -> list[jax.Array]:
     """Head-major [Q * n, N, m, H] of each slab; empty places hold any token."""
-    x_QTD = x_BLNH.reshape(*at.places_QT.shape, -1)
-    x_QSD = jnp.take_along_axis(x_QTD, at.tokens_QS[..., None], axis=1, mode="promise_in_bounds")
-    heads = x_BLNH.shape[2:]
-    return [pin(x.reshape(*x.shape[:2], *heads).swapaxes(1, 2)) for x in _cut(slabs, x_QSD)]
+    x_RH = x_BLNH.reshape(-1, x_BLNH.shape[-1])
+    return [pin(x_RH.at[row_XNM].get(mode="promise_in_bounds")) for row_XNM in rows]
 
 
-def _from_slabs(xs: Sequence[jax.Array], at: Places, shape: tuple[int, ...]) -> jax.Array:
+def _from_slabs(slabs: tuple, xs: Sequence[jax.Array], at: Places, shape: tuple[int, ...]) -> jax.Array:
     """The reverse, [B, L, N, H]: padding is 0."""
-    groups, width = at.places_QT.shape[0], shape[2] * shape[3]
-    parts = [x.swapaxes(1, 2).reshape(groups, -1, width) for x in xs]
-    x_QSD = jnp.concatenate([*parts, jnp.zeros((groups, 1, width), parts[0].dtype)], axis=1)
-    return jnp.take_along_axis(x_QSD, at.places_QT[..., None], axis=1, mode="promise_in_bounds").reshape(shape)
+    groups, (heads, size) = at.places_QT.shape[0], shape[2:]
+    x_RH = jnp.concatenate([*(x.reshape(-1, size) for x in xs), jnp.zeros((1, size), xs[0].dtype)])
+    rows_QTN = jnp.take_along_axis(_rows_of_places(slabs, groups, heads), at.places_QT[..., None], axis=1)
+    return x_RH.at[pin(rows_QTN)].get(mode="promise_in_bounds").reshape(shape)
+
+
+def _rows_of_places(slabs: tuple, groups: int, heads: int) -> jax.Array:
+    """[Q, S + 1, N] int32: of the rows of all slabs, [Q * n * N * m, H] each, that of a place's head; the last is 0."""
+    parts, rows = [], 0
+    for count, length in slabs:
+        part = rows + np.arange(groups * count * heads * length, dtype=np.int32)
+        parts.append(part.reshape(groups, count, heads, length).swapaxes(2, 3).reshape(groups, -1, heads))
+        rows += part.size
+    return jnp.asarray(np.concatenate([*parts, np.full((groups, 1, heads), rows, np.int32)], axis=1))
