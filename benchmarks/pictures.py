@@ -129,8 +129,10 @@ def padding(path: Path, images: int = 100_000) -> None:
     x = np.arange(len(cases))
     names = dict(next_fit="next-fit (PyTorch versions)", grain="Grain, first-fit in 16 bins", ours="navit_jax")
     for (key, name), colour, shift in zip(names.items(), (OTHER, THIRD, OURS), (-0.27, 0, 0.27), strict=True):
-        bars = axes.bar(x + shift, [100 * row[key] for row in found], 0.26, color=colour, label=name)
-        axes.bar_label(bars, [f"{100 * row[key]:.2g}" for row in found], color=INK, fontsize=10, padding=2)
+        shares = [100 * row[key] for row in found]
+        bars = axes.bar(x + shift, [max(share, 0.006) for share in shares], 0.26, color=colour, label=name)
+        labels = [f"{share:.2g}" if share >= 0.01 else "< 0.01" for share in shares]  # which a logarithm has no bar for
+        axes.bar_label(bars, labels, color=INK, fontsize=10, padding=2)
     _bars(axes, x, [name for _, name in cases], "padding, % of all tokens (log scale)")
     axes.set_yscale("log")
     axes.set_ylim(0.005, 300)
@@ -144,7 +146,7 @@ def paddings(kind: str, length: int, images: int) -> dict[str, float]:
     """Shares of padding of `benchmarks.packing`, without its timings; ours with dropped tokens restored."""
     draw = packing.sampler(kind)
     plan = plan_options(packing.config_of(kind), [draw], length, packing.ROWS)
-    lengths, (rows, _) = draw(np.arange(images)).keep, packing.planned(draw, images, plan)
+    lengths, rows = draw(np.arange(images)).keep, list(packing.planned(draw, images, plan))
     ours = 1 - sum(row.keep.sum() for row in rows) / (len(rows) * length)
     found = dict(next_fit=packing.next_fit(lengths, length), grain=packing.grain_first_fit(lengths[:20_000], length))
     print(f"{kind} L{length}:", {name: f"{100 * share:.3f} %" for name, share in (found | dict(ours=ours)).items()})
