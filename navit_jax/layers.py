@@ -49,7 +49,10 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product_backward(kept: tuple, d: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     tall = kernel.shape[0] > kernel.shape[1]
-    return d @ kernel.T, cpu.pin(d.T @ x).T if tall else x.T @ d
+    return (
+        jnp.einsum("to,io->ti", d, kernel),
+        cpu.pin(jnp.einsum("to,ti->oi", d, x)).T if tall else jnp.einsum("ti,to->io", x, d),
+    )
 
 
 _product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
