@@ -70,7 +70,13 @@ def test_accumulation_equals_the_undivided_step(parts, capacity):
 
 @pytest.mark.parametrize(
     "tokens, capacity, parts",
-    [(24, None, 4), (48, None, 2), (40, None, 2), (24, Capacity(2, ((1, 16), (3, 8))), 2), (2048, None, 1)],
+    [
+        pytest.param(24, None, 4, marks=pytest.mark.slow),
+        (48, None, 2),
+        (40, None, 2),
+        (24, Capacity(2, ((1, 16), (3, 8))), 2),
+        (2048, None, 1),
+    ],
 )
 def test_one_cpu_takes_what_its_cache_holds_and_the_sums_are_the_same(monkeypatch, tokens, capacity, parts):
     """Four rows of 24 tokens; groups of two rows stay together."""
