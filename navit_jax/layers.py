@@ -47,6 +47,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product_backward(kept: tuple, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Operands as they lie: of a transposed kernel XLA's partitioner would gather a second copy over fsdp.
     x, kernel = kept
     tall = kernel.shape[0] > kernel.shape[1]
     return (
