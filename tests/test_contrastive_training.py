@@ -17,6 +17,8 @@ from input_pipeline.errors import UserError
 from navit_jax import checkpoint, objectives, optim
 from navit_jax.plan import hlo
 
+pytestmark = pytest.mark.slow  # of one objective the default set has all this: test_train.py, test_topology.py
+
 
 def tiny(**fields):
     config = navit_clip_quickstart.get_config()
@@ -49,7 +51,6 @@ def test_a_run_learns_and_leaves_its_scores(whole):
         assert (workdir / name).stat().st_size > 0
 
 
-@pytest.mark.slow  # of one objective the default set has it: test_train.py
 def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path):
     run(tiny(total_steps=12), tmp_path)
     subprocess.run(["rm", "-r", tmp_path / "checkpoints" / "12"], check=True)
@@ -64,7 +65,6 @@ def test_another_tokenizer_is_noticed(whole, monkeypatch):
         run(tiny(), whole[0])
 
 
-@pytest.mark.slow
 def test_towers_that_see_parts_train_alike(whole, tmp_path):
     parts = run(tiny(contrastive__cache_parts=4), tmp_path)
     for step, loss in losses(whole[1]).items():
@@ -81,7 +81,6 @@ def assert_same(got, expected):
         assert ours[name] == pytest.approx(theirs[name], abs=0.03), name
 
 
-@pytest.mark.slow
 def test_eight_devices_train_as_one_and_send_vectors_not_rows(whole, tmp_path):
     command = [sys.executable, "tests/eight_devices.py", str(tmp_path), tiny().to_json_best_effort(), *MESHES]
     out = subprocess.run(command, cwd=ROOT, env=devices(8), capture_output=True, text=True, timeout=400)
@@ -103,14 +102,12 @@ def weights(tensor):
     return {size // part for size in [*sizes, query] for part in {1, tensor}}
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(whole, tmp_path):
     status, out = finish(start(tmp_path, 2, recipe=navit_clip_quickstart, wanted=tiny()))
     assert status == 0, out[-3000:]
     assert_same(lines(tmp_path), whole[1])
 
 
-@pytest.mark.slow
 def test_a_locked_image_tower_starts_from_an_image_run(whole, tmp_path):
     """LiT: the tower of a supervised run, which stays as it is while texts learn."""
     image = test_train.tiny(data__source="shapes", total_steps=2, eval__max_examples=8)

@@ -1,5 +1,6 @@
 """The same training on any mesh and any number of processes: rows, losses, and what the compiled step communicates."""
 
+import functools
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from navit_jax.plan import hlo
 
 ROOT = Path(train.__file__).parent
 MESHES = {"8,1,1": "data", "2,4,1": "data x fsdp", "2,2,2": "data x fsdp x tensor"}
+EACH_MESH = [pytest.param(m, id=name, marks=[pytest.mark.slow] * (m == "2,2,2")) for m, name in MESHES.items()]
 
 
 def devices(count):
@@ -36,12 +38,17 @@ def config():
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """The folder in which eight devices trained the same on each mesh."""
+    """eight(mesh): the folder in which eight devices trained the same on that mesh, and their compiled step's text."""
     folder = tmp_path_factory.mktemp("eight")
-    command = [sys.executable, "tests/eight_devices.py", str(folder), config().to_json_best_effort(), *MESHES]
-    out = subprocess.run(command, cwd=ROOT, env=devices(8), capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stderr[-3000:]
-    return folder
+
+    @functools.cache
+    def on(mesh):
+        command = [sys.executable, "tests/eight_devices.py", str(folder), config().to_json_best_effort(), mesh]
+        out = subprocess.run(command, cwd=ROOT, env=devices(8), capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr[-3000:]
+        return folder / mesh, (folder / f"{mesh}.hlo").read_text()
+
+    return on
 
 
 def scores(records):
@@ -62,10 +69,10 @@ def assert_same(got, expected):
         assert ours[name] == pytest.approx(theirs[name], abs=0.02), name
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=MESHES.values())
+@pytest.mark.parametrize("mesh", EACH_MESH)
 def test_eight_devices_train_as_one(alone, eight, mesh):
     assert min(losses(alone).values()) < 0.98 * losses(alone)[1]  # it learns, so that a wrong gradient would show
-    assert_same(lines(eight / mesh), alone)
+    assert_same(lines(eight(mesh)[0]), alone)
 
 
 def parameter_bytes(mesh):
@@ -90,7 +97,7 @@ def parameter_bytes(mesh):
 
 
 def found(eight, mesh):
-    text = (eight / f"{mesh}.hlo").read_text()
+    text = eight(mesh)[1]
     assert hlo.endless(text) == []
     return hlo.collectives(text)
 
@@ -103,10 +110,9 @@ def total(collectives, kind, group=None, of="bytes"):
 METRICS = 4 * (4 + 3)  # loss, correct, images, tokens; what the hosts said
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=MESHES.values())
+@pytest.mark.parametrize("mesh", EACH_MESH)
 def test_every_buffer_of_the_state_is_written_in_place_and_split_as_the_rules_say(eight, mesh):
-    text = (eight / f"{mesh}.hlo").read_text()
-    c = config()
+    text, c = eight(mesh)[1], config()
     _, _, shapes = navit.for_classes(c, 10)
     tx, _ = optim.make_optimizer(c.optim, shapes, 20)
     state = jax.eval_shape(lambda p: train_step.init_state(p, tx, False), shapes)
@@ -145,6 +151,7 @@ def test_fsdp_gathers_each_weight_twice_and_reduces_its_gradient_once(eight):
     assert total(collectives, "all-reduce", 8) == rest + METRICS
 
 
+@pytest.mark.slow
 def test_tensor_parallel_layers_reduce_activations_of_their_own_rows(eight):
     collectives = found(eight, "2,2,2")
     split, whole = parameter_bytes("2,2,2")
