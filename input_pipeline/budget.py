@@ -128,7 +128,7 @@ def most_kept(cfg: ConfigDict, span: tuple[int, int]) -> int:
 def _crops(cfg: ConfigDict, seed: int, position: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Random crops as shares of the image: [n, 4] float64 (top, left, height, width); cfg is `config.augment`."""
     if cfg.crop_min_area == cfg.crop_max_aspect == 1:
-        return np.tile(_WHOLE, (len(position), 1))
+        return np.broadcast_to(_WHOLE, (len(position), 4))
     area = 1 - (1 - cfg.crop_min_area) * keys.uniform(seed, "croparea", position)
     stretch = np.exp((2 * keys.uniform(seed, "cropasp", position) - 1) * np.log(cfg.crop_max_aspect))
     height, width = np.minimum(1, np.sqrt(area * stretch)), np.minimum(1, np.sqrt(area / stretch))
@@ -186,7 +186,7 @@ class Sampler:
         config, seed = self.config, self.config.seed
         position = np.asarray(position, np.int64)
         if self.budget:
-            index, crop = self.indices[position], np.tile(_WHOLE, (len(position), 1))
+            index, crop = self.indices[position], np.broadcast_to(_WHOLE, (len(position), 4))
             budget = np.full(len(position), self.budget)
         else:
             size = len(self.sizes)

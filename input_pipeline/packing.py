@@ -19,10 +19,11 @@ from input_pipeline.budget import Draws
 from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 
-CHUNK = 4096  # positions drawn at a time: 0.4 us each, of 1024 twice as much
-# An image that waits is one integer, stream position << _BITS | tokens kept.
-_BITS = 20
-_MASK = (1 << _BITS) - 1
+CHUNK = 4096  # positions drawn at a time: 0.4 us each, of 1024 twice as much; rows depend on it
+# An image that waits is one integer: its stream position, how many of its dropped tokens it could get back (at most
+# _MOST_BACK), and the tokens that it keeps. Their order is their age.
+_BITS, _BACK_BITS = 20, 8
+_POSITION, _MASK, _MOST_BACK = _BITS + _BACK_BITS, (1 << _BITS) - 1, (1 << _BACK_BITS) - 1
 
 
 class RowPlan(NamedTuple):
@@ -64,11 +65,10 @@ class Planner:
         self._taken: set[int] = set()  # images of these two that no longer wait
         self._of_length = [deque[int]() for _ in self._slab_of]  # images that wait, by length and age
         self._lengths = 0  # bit n is set where images of n tokens wait
-        self._tokens: dict[int, int] = {}  # of the images that wait, before dropping
         self._planned: deque[RowPlan] = deque()  # rest of a group
         self._chunk: tuple[int, list[int], list[int]] = (-1, [], [])
-        self._before: tuple[int, list[int]] = (0, [])  # cursor and queue before that group
-        self._group: set[int] = set()  # images of that group
+        self._before = 0  # cursor before that group
+        self._group: list[int] = []  # images of that group
         if snapshot:
             self._load(snapshot)
 
@@ -83,9 +83,10 @@ class Planner:
 
     def snapshot(self) -> dict:
         """The state after the last row handed out: stream positions only, a few KB, JSON-ready."""
-        cursor, queue = self._before if self._planned else (self.cursor, self._queue)
-        here = self._tokens.keys() | self._group if self._planned else self._tokens
-        waiting = [image >> _BITS for image in queue if image in here]
+        cursor, images = self.cursor, [image for image in self._queue if image not in self._taken]
+        if self._planned:  # as it was before that group
+            cursor, images = self._before, sorted(images + self._group)
+        waiting = [position for image in images if (position := image >> _POSITION) < cursor]
         return dict(row=self.row, left=len(self._planned), cursor=cursor, waiting=waiting)
 
     def _load(self, snapshot: dict) -> None:
@@ -98,26 +99,28 @@ class Planner:
         self.row = snapshot["row"]
 
     def _images(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
-        """The images as they wait, and their tokens before dropping."""
+        """The images as they wait, and the tokens that they keep."""
         drawn = self.draw(positions)
-        return (positions << _BITS | drawn.keep).tolist(), drawn.grid.prod(axis=1).tolist()
-
-    def _wait(self, images: list[int], tokens: list[int]) -> None:
-        lengths = [image & _MASK for image in images]
-        if not all(lengths):  # unreadable
-            images, tokens, lengths = ([x[i] for i, n in enumerate(lengths) if n] for x in (images, tokens, lengths))
-        longest = max(lengths, default=0)
+        keep, longest = drawn.keep, int(drawn.keep.max(initial=0))
         if longest > min(self.length, self.capacity.longest):
             raise UserError(
                 f"an image of {longest} tokens does not fit in a row of {self.length}. Set --config.packing.row_length="
                 f"{longest} or more, or lower --config.resolution.max_side or the token budget."
             )
-        self._tokens.update(zip(images, tokens, strict=True))
+        back = np.minimum(drawn.grid[:, 0] * drawn.grid[:, 1] - keep, _MOST_BACK)
+        return (positions << _POSITION | back << _BITS | keep).tolist(), keep.tolist()
+
+    def _wait(self, images: list[int], lengths: list[int]) -> None:
+        if 0 in lengths:  # unreadable
+            images, lengths = ([x[i] for i, n in enumerate(lengths) if n] for x in (images, lengths))
         self._queue.extend(images)
+        of_length, found = self._of_length, self._lengths
         for image, length in zip(images, lengths, strict=True):
-            self._of_length[length].append(image)
-        for length in set(lengths):
-            self._lengths |= 1 << length
+            alike = of_length[length]
+            if not alike:
+                found |= 1 << length
+            alike.append(image)
+        self._lengths = found
 
     def _refill(self) -> None:
         """Let new images wait, unless nearly as many do as may; a quarter of them at a time."""
@@ -131,13 +134,13 @@ class Planner:
                 end = start + CHUNK if self.stop is None else min(start + CHUNK, self.stop)
                 self._chunk = (start, *self._images(np.arange(start, end)))
             new = slice(place, place + self.look_ahead - waiting)
-            images, tokens = (x[new] for x in self._chunk[1:])
+            images, lengths = (x[new] for x in self._chunk[1:])
             self.cursor += len(images)
-            self._wait(images, tokens)
+            self._wait(images, lengths)
 
     def _plan_group(self) -> None:
         """Plan the rows that share a profile; the last ones of a stream that stops may be missing."""
-        self._before, left = (self.cursor, list(self._queue)), [count for count, _ in self.capacity.slabs]
+        self._before, left = self.cursor, [count for count, _ in self.capacity.slabs]
         images, ends, gaps = [], [0], []
         for _ in range(self.capacity.rows):
             self._refill()
@@ -150,13 +153,12 @@ class Planner:
             raise StopIteration
         self._queue.extendleft(reversed(self._passed))
         self._passed.clear()
-        self._group, whole = set(images), list(map(self._tokens.pop, images))
-        kept = [image & _MASK for image in images]
+        self._group, kept = images, [image & _MASK for image in images]
         if self.restore_dropped:
             for gap, (start, end) in zip(gaps, pairwise(ends), strict=True):
                 if gap:
-                    self._restore(kept, whole, range(start, end), gap)
-        positions, keep = np.array(images, np.int64) >> _BITS, np.array(kept, np.int64)
+                    self._restore(images, kept, range(start, end), gap)
+        positions, keep = np.array(images, np.int64) >> _POSITION, np.array(kept, np.int64)
         self._planned.extend(RowPlan(positions[start:end], keep[start:end]) for start, end in pairwise(ends))
 
     def _plan_row(self, images: list[int], left: list[int]) -> int:
@@ -209,10 +211,10 @@ class Planner:
                 self._lengths ^= 1 << tokens
         return free
 
-    def _restore(self, kept: list[int], whole: list[int], row: range, gap: int) -> None:
+    def _restore(self, images: list[int], kept: list[int], row: range, gap: int) -> None:
         """Give a row's free tokens back to its images, as far as each had dropped some and its slab has room."""
         for i in row:
-            if whole[i] > kept[i]:
-                more = min(gap, min(whole[i], self.capacity.slabs[self._slab_of[kept[i]]][1]) - kept[i])
+            if back := images[i] >> _BITS & _MOST_BACK:
+                more = min(gap, back, self.capacity.slabs[self._slab_of[kept[i]]][1] - kept[i])
                 kept[i] += more
                 gap -= more
