@@ -117,5 +117,5 @@ def _refuse_others(decided: dict, source: str) -> None:
 
 def _given() -> dict:
     """What the command line sets, by field."""
-    parsed = flags.FLAGS.is_parsed() and "config" in flags.FLAGS
+    parsed = "config" in flags.FLAGS and flags.FLAGS["config"].present  # flags may be parsed without, by the loader
     return flags.FLAGS["config"].override_values if parsed else {}

@@ -46,7 +46,7 @@ def changed(old, new, prefix=""):
 
 
 def run(config, workdir, eval_only=False):
-    if not flags.FLAGS.is_parsed():
+    if not flags.FLAGS["config"].present:  # parsed they may be, without one, for Grain's worker processes
         flags.FLAGS(["train.py", "--config", str(ROOT / "configs/quickstart.py")])
     flags.FLAGS.workdir, flags.FLAGS.eval_only = str(workdir), eval_only
     train.main(config)
