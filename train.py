@@ -107,6 +107,7 @@ def build(config: ConfigDict, workdir: Path) -> SimpleNamespace:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = dict(limit=objective.limit, ema_decay=config.optim.ema_decay, seed=config.seed)
     best = config.best_metric or f"{suite.default_metric(config, eval_images)}@{max(config.eval.token_budgets)}"
+    console.announce(workdir, WORKDIR.value)
     console.describe(config, rows, len(eval_images.sizes), objective, total, mesh)
     meta = dict(config=json.loads(config.to_json_best_effort()), data=stream.fingerprint(train_images))
     meta["classes"] = list(train_images.source.class_names)

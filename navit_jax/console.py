@@ -34,7 +34,7 @@ class _BarHandler(logging.Handler):
 
 
 def open_workdir(given: str, name: str, must_exist: bool) -> Path:
-    """The run's folder, made where it is new, and how to resume it. Raises UserError if it cannot be written."""
+    """The run's folder, made where it is new. Raises UserError if it cannot be written."""
     logging.basicConfig(handlers=[_BarHandler()], level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("navit_jax.attention").setLevel(logging.INFO)  # which backend was chosen
     if "://" in given:
@@ -53,10 +53,14 @@ def open_workdir(given: str, name: str, must_exist: bool) -> Path:
         raise UserError(
             f"cannot write to the run's folder {workdir}: {error.strerror}. Give another with --workdir=PATH."
         ) from None
-    command = [a for a in sys.argv if a != "--eval_only"] + ([] if given else [f"--workdir={workdir}"])
-    print(f"run: {workdir}\nto resume: python {shlex.join(command)}", flush=True)
     warn_unused_accelerator()
     return workdir
+
+
+def announce(workdir: Path, given: str) -> None:
+    """Where the run is and how to resume it; once its config and its data have been found good."""
+    command = [a for a in sys.argv if a != "--eval_only"] + ([] if given else [f"--workdir={workdir}"])
+    print(f"run: {workdir}\nto resume: python {shlex.join(command)}", flush=True)
 
 
 def check_shared(folder: str | os.PathLike) -> None:
