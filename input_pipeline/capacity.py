@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SLABS = 6  # at most: each is a few more products a layer; 8: 4 % fewer pairs, yet a Ti is 6 % slower, a B 3 % faster
+_SLABS = 6  # at most: each is a few more products a layer; 8: 7 % fewer pairs, yet a Ti is 6 % slower, a B 3 % faster
 _SPARE = 0.05  # more places than a mean group needs, beside rounding up: 0.1 costs 3 % more pairs, 0.025 more padding
 _STEP = 8  # lengths are multiples of it
 _MOST = 12  # of the longest images in a group
