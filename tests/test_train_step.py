@@ -71,8 +71,8 @@ def test_accumulation_equals_the_undivided_step(parts, capacity):
     "tokens, capacity, parts",
     [
         pytest.param(24, None, 4, marks=pytest.mark.slow),
-        (48, None, 2),
-        (40, None, 2),
+        pytest.param(48, None, 2, marks=pytest.mark.slow),
+        pytest.param(40, None, 2, marks=pytest.mark.slow),
         (24, Capacity(2, ((1, 16), (3, 8))), 2),
         (2048, None, 1),
     ],
