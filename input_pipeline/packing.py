@@ -20,10 +20,10 @@ from input_pipeline.capacity import Capacity
 from input_pipeline.errors import UserError
 
 CHUNK = 4096  # positions drawn at a time: 0.4 us each, of 1024 twice as much; rows depend on it
-# An image that waits is one integer: its stream position, how many of its dropped tokens it could get back (at most
-# _MOST_BACK), and the tokens that it keeps. Their order is their age.
-_BITS, _BACK_BITS = 20, 8
-_POSITION, _MASK, _MOST_BACK = _BITS + _BACK_BITS, (1 << _BITS) - 1, (1 << _BACK_BITS) - 1
+_CHUNKS = 8  # kept, for the few images that get dropped tokens back
+# An image that waits is one integer, stream position << _BITS | tokens kept. Their order is their age.
+_BITS = 20
+_MASK = (1 << _BITS) - 1
 
 
 class RowPlan(NamedTuple):
@@ -66,7 +66,7 @@ class Planner:
         self._of_length = [deque[int]() for _ in self._slab_of]  # images that wait, by length and age
         self._lengths = 0  # bit n is set where images of n tokens wait
         self._planned: deque[RowPlan] = deque()  # rest of a group
-        self._chunk: tuple[int, list[int], list[int]] = (-1, [], [])
+        self._chunks: dict[int, tuple[list[int], list[int], list[int]]] = {}
         self._before = 0  # cursor before that group
         self._group: list[int] = []  # images of that group
         if snapshot:
@@ -86,20 +86,30 @@ class Planner:
         cursor, images = self.cursor, [image for image in self._queue if image not in self._taken]
         if self._planned:  # as it was before that group
             cursor, images = self._before, sorted(images + self._group)
-        waiting = [position for image in images if (position := image >> _POSITION) < cursor]
+        waiting = [position for image in images if (position := image >> _BITS) < cursor]
         return dict(row=self.row, left=len(self._planned), cursor=cursor, waiting=waiting)
 
     def _load(self, snapshot: dict) -> None:
         self.cursor = snapshot["cursor"]
         if snapshot["waiting"]:
-            self._wait(*self._images(np.array(snapshot["waiting"])))
+            self._wait(*self._images(np.array(snapshot["waiting"]))[:2])
         if snapshot["left"]:  # of a group that was partly handed out
             self._plan_group()
             self._planned = deque(list(self._planned)[-snapshot["left"] :])
         self.row = snapshot["row"]
 
-    def _images(self, positions: np.ndarray) -> tuple[list[int], list[int]]:
-        """The images as they wait, and the tokens that they keep."""
+    def _chunk(self, number: int) -> tuple[list[int], list[int], list[int]]:
+        """`_images` of the positions from number * CHUNK on."""
+        if number not in self._chunks:
+            start = number * CHUNK
+            end = start + CHUNK if self.stop is None else min(start + CHUNK, self.stop)
+            self._chunks[number] = self._images(np.arange(start, end))
+            if len(self._chunks) > _CHUNKS:
+                del self._chunks[next(iter(self._chunks))]
+        return self._chunks[number]
+
+    def _images(self, positions: np.ndarray) -> tuple[list[int], list[int], list[int]]:
+        """The images as they wait, the tokens that they keep, and their tokens before dropping."""
         drawn = self.draw(positions)
         keep, longest = drawn.keep, int(drawn.keep.max(initial=0))
         if longest > min(self.length, self.capacity.longest):
@@ -107,8 +117,7 @@ class Planner:
                 f"an image of {longest} tokens does not fit in a row of {self.length}. Set --config.packing.row_length="
                 f"{longest} or more, or lower --config.resolution.max_side or the token budget."
             )
-        back = np.minimum(drawn.grid[:, 0] * drawn.grid[:, 1] - keep, _MOST_BACK)
-        return (positions << _POSITION | back << _BITS | keep).tolist(), keep.tolist()
+        return (positions << _BITS | keep).tolist(), keep.tolist(), drawn.grid.prod(axis=1).tolist()
 
     def _wait(self, images: list[int], lengths: list[int]) -> None:
         if 0 in lengths:  # unreadable
@@ -128,13 +137,9 @@ class Planner:
             waiting = len(self._queue) + len(self._passed) - len(self._taken)
             if 4 * waiting > 3 * self.look_ahead:
                 break
-            place = self.cursor % CHUNK
-            if self._chunk[0] != self.cursor - place:
-                start = self.cursor - place
-                end = start + CHUNK if self.stop is None else min(start + CHUNK, self.stop)
-                self._chunk = (start, *self._images(np.arange(start, end)))
+            number, place = divmod(self.cursor, CHUNK)
             new = slice(place, place + self.look_ahead - waiting)
-            images, lengths = (x[new] for x in self._chunk[1:])
+            images, lengths = (x[new] for x in self._chunk(number)[:2])
             self.cursor += len(images)
             self._wait(images, lengths)
 
@@ -158,7 +163,7 @@ class Planner:
             for gap, (start, end) in zip(gaps, pairwise(ends), strict=True):
                 if gap:
                     self._restore(images, kept, range(start, end), gap)
-        positions, keep = np.array(images, np.int64) >> _POSITION, np.array(kept, np.int64)
+        positions, keep = np.array(images, np.int64) >> _BITS, np.array(kept, np.int64)
         self._planned.extend(RowPlan(positions[start:end], keep[start:end]) for start, end in pairwise(ends))
 
     def _plan_row(self, images: list[int], left: list[int]) -> int:
@@ -214,7 +219,11 @@ class Planner:
     def _restore(self, images: list[int], kept: list[int], row: range, gap: int) -> None:
         """Give a row's free tokens back to its images, as far as each had dropped some and its slab has room."""
         for i in row:
-            if back := images[i] >> _BITS & _MOST_BACK:
-                more = min(gap, back, self.capacity.slabs[self._slab_of[kept[i]]][1] - kept[i])
+            if not gap:
+                break
+            number, place = divmod(images[i] >> _BITS, CHUNK)
+            whole = self._chunk(number)[2][place]
+            if whole > kept[i]:
+                more = min(gap, min(whole, self.capacity.slabs[self._slab_of[kept[i]]][1]) - kept[i])
                 kept[i] += more
                 gap -= more
