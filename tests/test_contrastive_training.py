@@ -17,7 +17,8 @@ from input_pipeline.errors import UserError
 from navit_jax import checkpoint, objectives, optim
 from navit_jax.plan import hlo
 
-pytestmark = pytest.mark.slow  # of one objective the default set has all this: test_train.py, test_topology.py
+# The default set has this of classes: test_train.py, test_topology.py; another tokenizer: test_compatibility.py.
+pytestmark = pytest.mark.slow
 
 
 def tiny(**fields):

@@ -44,6 +44,17 @@ def test_every_image_once_and_no_row_overfull(keep, slots, look_ahead, extra):
     assert all((r.keep == np.array(keep)[r.positions]).all() for r in plain)
 
 
+def test_large_gaps_are_given_back_whole_and_late_in_a_long_run():
+    def draw(p):
+        return Draws(p, np.zeros((len(p), 4)), np.tile([64, 64], (len(p), 1)), np.full(len(p), 1500))
+
+    start = 2**42
+    planner = Planner(draw, length=4096, slots=8, snapshot=dict(row=0, left=0, cursor=start, waiting=[]))
+    for i, row in enumerate(islice(planner, 5)):
+        assert row.positions.tolist() == [start + 2 * i, start + 2 * i + 1]
+        assert row.keep.sum() == 4096 and row.keep.min() >= 1500
+
+
 @given(cut=st.integers(0, 60), seed=st.integers(0, 100))
 @settings(deadline=None, max_examples=25)
 def test_a_snapshot_goes_on_identically(cut, seed):

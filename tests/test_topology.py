@@ -19,6 +19,7 @@ from navit_jax.plan import hlo
 
 ROOT = Path(train.__file__).parent
 MESHES = {"8,1,1": "data", "2,4,1": "data x fsdp", "2,2,2": "data x fsdp x tensor"}
+# Both axes in the default set; the others, of which each test takes half a minute, in the slow one.
 EACH_MESH = [pytest.param(m, id=name, marks=[pytest.mark.slow] * (m != "2,4,1")) for m, name in MESHES.items()]
 
 
